@@ -32,6 +32,43 @@ def test_the_mean_and_the_scale_of_a_sum_take_their_part_of_the_gradient(terms, 
     np.testing.assert_allclose(ratio, expected, rtol=0.01)
 
 
+class NormedOverSamples(nn.Module):
+    """The batch norm of a sum of linear maps with normal weights."""
+
+    terms: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(x.shape[-1], use_bias=False, name="in")(x)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        x = sum(nn.Dense(64, kernel_init=init, name=f"term_{i}")(x) for i in range(self.terms))
+        return nn.Dense(8, name="out")(nn.BatchNorm(use_running_average=False, name="norm")(x))
+
+
+def ratio(terms, width, over, under):
+    """Of the gradients of two rows, for 32 samples."""
+    report = vs.predict(NormedOverSamples(terms), jax.ShapeDtypeStruct((32, width), "float32"))
+    return report[over].gradient / report[under].gradient
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("width", [16, 256])
+def test_a_norm_over_samples_sees_how_they_overlap(terms, width):
+    """Samples of d features make v a mean of n − 1 squares, times |w|²: E|Jᵀg|²/E|g|² = (n − 2)/(n − 3) · d/(d − 2), over E[v].
+
+    Here d is half the width: the overlaps of the input and of the layer behind it add up.
+    """
+    features = width / 2
+    expected = 30 / 29 * features / (features - 2) / terms
+    np.testing.assert_allclose(ratio(terms, width, "term_0", "norm"), expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("width", [16, 256])
+def test_gradients_before_a_norm_over_samples_go_with_the_weights_of_a_unit(width):
+    """They go by 1/|w|, w the d normal weights of a unit: of g² ∝ |w|⁻² a product has E[|w|² g²] = (1 − 2/d) E[|w|²] E[g²]."""
+    np.testing.assert_allclose(ratio(1, width, "in", "term_0"), 64 / width * (1 - 2 / width), rtol=0.005)
+
+
 class Classifier(nn.Module):
     """A softmax ends it."""
 

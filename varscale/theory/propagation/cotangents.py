@@ -15,7 +15,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, average, outer, pool, refine
-from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, ROUGH, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, taps_of
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
@@ -31,6 +31,7 @@ from varscale.theory.propagation.marginals import along, cofactors, concentrated
 from varscale.theory.propagation.pullbacks import Cotangent, forks, mean_part, pulled_back, selected, sum_out
 from varscale.theory.propagation.sampler import in_order
 from varscale.theory.propagation.second_moments import product_second
+from varscale.theory.propagation.token_gram import normed_together, overlap_before
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
 
@@ -67,7 +68,7 @@ def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cot
     whole = max(float(weights.sum()), 1e-300)
     doubt = float(weights @ [p.doubt for p in parts]) / max(abs(average(second, axes)), 1e-12 * whole)
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
-    weighed = ("own", "radial", "unit", "near", "lost")
+    weighed = ("own", "radial", "weights", "unit", "near", "lost")
     rest = {name: float(weights @ [getattr(p, name) for p in parts]) / whole for name in weighed}
     return Cotangent(second, doubt, parts[0].mask, few, scale, **rest)
 
@@ -158,7 +159,7 @@ class _Backward:
         scales = cofactors(node)
         for root in roots(node):
             slope = None if root.node.is_bits else derivative(node, root)
-            if slope is None or (root not in scales and any(root in g[1:] for g in scales.values())):
+            if slope is None or any(root in group[1:] for group in scales.values()):
                 continue  # a norm's own scale: its part is the projection below
             held = scales.get(root, [])[1:]
             passed = replace(part, second=_through(node, root, slope, part, held))
@@ -167,12 +168,14 @@ class _Backward:
             doubt += _MASK_DOUBT * (part.mask is not None)
             doubt += 2 * max((doubt_of(r.node) for r in roots(slope.node) if r not in held), default=0.0)
             if held:
-                inverse = _inverse_scale(root, held[0])
-                along_itself = _projection(node, root, slope, held[0], part, back)
-                back = (back - max(1 + part.radial, 0.0) * along_itself) * inverse
-                doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_of_given(root, held[0])
-                if root.node.near == 1 and len(root.bind) > len(held[0].bind) + 1:
-                    doubt += _inverse_scale(root, held[0], power=1) / inverse - 1
+                scale = held[0]
+                inverse, more = _inverse_scale(root, scale), 1 / (1 - min(_not_alone(root, scale), 0.9))
+                along_itself = _projection(node, root, slope, scale, part, back)
+                back = (back - max(1 + part.radial, 0.0) * along_itself) * inverse * more
+                doubt += ROUGH * (inverse - 1) + NEXT_ORDER * (more - 1)
+                doubt += doubt_of(root.node) + norm_in_doubt(root, scale)
+                if root.node.near == 1 and len(root.bind) > len(scale.bind) + 1:
+                    doubt += _inverse_scale(root, scale, power=1) / inverse - 1
             else:
                 gain = gained_along(root, slope, part, node.axes)
                 passed, doubt = replace(passed, lost=passed.lost + gain), doubt + gain
@@ -184,17 +187,12 @@ class _Backward:
                 back = _through(node, view, slope, part)
                 self.done.add(view.node, Cotangent(back, part.doubt, few=part.few, lost=part.lost))
 
-    def inside_of(self, node: Apply) -> list[View]:
+    def inside_of(self, node: Node) -> list[View]:
         """The watched nodes inside an elementwise tree, as views over its frame."""
         if node not in self.within:
-            found = {
-                view.within(bind): None
-                for child, bind in node.args
-                if isinstance(child, Apply)
-                for view in [child.whole, *self.inside_of(child)]
-                if view.node in self.asked
-            }
-            self.within[node] = list(found)
+            trees = [view for view in node.args if isinstance(view.node, Apply)]
+            inner = (v.within(t.bind) for t in trees for v in (t.node.whole, *self.inside_of(t.node)))
+            self.within[node] = list(dict.fromkeys(v for v in inner if v.node in self.asked))
         return self.within[node]
 
     def found(self, node: Node) -> list[Cotangent]:
@@ -322,12 +320,10 @@ def _projection(
     both, held = (pool(full_types(x, axes), axes) for x in (back, y))
     # A matrix of a on its diagonal and b elsewhere has eigenvalues a − b and a + (n − 1) b.
     turns = {k: np.array([[1, -1], [1, axes[k].size - 1]]) for k in normed}
-    for k, axis in enumerate(axes):
-        if k in turns:
-            both, held = (apply_axis(x, k, turns[k]) for x in (both, held / axis.size))
-        else:
-            held = held.take([0], axis=k)
-    both = both * held
+    held = held[tuple(slice(2 if k in turns else 1) for k in range(len(axes)))]
+    for k, turn in turns.items():
+        both, held = (apply_axis(x, k, turn) for x in (both, held))
+    both = both * held / root.node.count(normed)
     for k, turn in turns.items():
         both = apply_axis(both, k, np.linalg.inv(turn))
     return np.where(alike, out, refine(2 * both, axes) - y * out)
@@ -339,37 +335,48 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
     independent ones (1/(1 − 2/n)); from r = .9 on, the factor stops at 10. In the gradient 1/v stands alone; forward, y is
     normalised by itself. With power=1 a type's pairs are equal or free, as near places of a picture are, or far ones.
-    A norm over the units of one place varies with the scale there, too: by a gamma variable for each input.
     """
     table = root.node.table
     second, outer = (mean_squared_correlation(m, root, scale, power) for m in (table.second, table.outer))
     # The part of v that cannot fluctuate: Σ share² over the terms that a norm has just put out.
     node, fixed = uncentred(root.node.whole).node, 0.0
     for share, (term, _) in zip(term_shares(node), node.args, strict=True) if isinstance(node, Sum) else ():
-        groups = [g for g in cofactors(term).values() if len(g) == 2] if isinstance(term, Apply) else []
         # A function of one normalised array, of as many axes.
-        alone = len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind)
-        if alone and set(roots(term)) == set(groups[0]):
-            fixed += float(share) ** 2
-    # A function's units vary the scale that flows back along with it.
-    sources = kernel(root.node).places if scale.bind == root.bind[:-1] else {}
-    inputs = (c for key, c in sources.items() if isinstance(key, Node) and key.is_input)
-    varied = math.prod(max(2 - math.exp(c * c), 0.1) for c in inputs)
-    return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9)) / varied
+        groups = (g for g in cofactors(term).values() if [len(s.bind) for s in g[1:]] == [len(scale.bind)])
+        fixed += share**2 * (set(roots(term)) in map(set, groups))
+    return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9))
 
 
-def norm_of_given(root: View, scale: View) -> float:
+def _not_alone(root: View, scale: View) -> float:
+    """What of Var[v]/E[v]² is not of independent positions: given what they are made of, places overlap, which adds 2 V.
+
+    Weights of κ < 3 take (κ − 3)/n from it. Of m units at a place a pair is of one with the chance 1/m. Of one place it is what
+    inputs vary by there; a function's units vary the scale that flows back along with it.
+    """
+    norm, node = normed_together(root, scale), uncentred(root.node.whole).node
+    if not norm.tokens:
+        sources = kernel(root.node).places.items() if norm.features else ()
+        return sum(math.expm1(c * c) for key, c in sources if isinstance(key, Node) and key.is_input)
+    units = norm._replace(features=(len(root.bind) - 1,))
+    met = 2 * overlap_before(units, units)
+    met += sum((w.leaf.kurtosis - 3) / (node.width or math.inf) for w in applied_weights(node))
+    return met / norm.count
+
+
+def norm_in_doubt(root: View, scale: View) -> float:
     """The doubt of gradients behind a norm of a linear map of given numbers with places, by E[1/v] E[v] of its variance v.
 
     Of a norm at each place, some places are louder than others: it is 1 + P for a lognormal v of relative variance P between
     places, that of what a window reads, its taps alike. Of a norm over places, v = w'Σw of a unit has as few terms that count
-    as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite.
+    as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite. Of functions at one
+    place it is what their units vary by, a part of which flows back along with them.
     """
     node = uncentred(root).node
     if in_order(node) and 0 in scale.bind:
         return min(kernel(node).point, UNKNOWN)
-    if not any(v.node.is_input and v.node.near == 1 for v in node.args):
-        return 0.0
+    if not any(x.is_input and x.near == 1 for x in node.sources):
+        units = (c for x, c in kernel(node).places.items() if isinstance(x, Node) and not x.is_input)
+        return sum(math.expm1(c * c) for c in units) if scale.bind == root.bind[:-1] else 0.0
     if len(scale.bind) < 2:
         return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
     taps = taps_of(node) if isinstance(node, Conv) else 1

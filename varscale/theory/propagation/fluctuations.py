@@ -37,7 +37,7 @@ from varscale.theory.graph.linear_nodes import Contract, applied_weights
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
-from varscale.theory.propagation.fourth_moments import free_share, fresh, origin
+from varscale.theory.propagation.fourth_moments import EXCESS_ROUNDING, free_share, fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import (
     NONE,
     Spread,
@@ -45,14 +45,14 @@ from varscale.theory.propagation.inherited_fluctuations import (
     inherited,
     kernel,
     propagated,
-    response_to,
     root_responses,
     shared,
     weighted,
 )
-from varscale.theory.propagation.marginals import along, cofactors, fluctuating, over_classes, term_shares
+from varscale.theory.propagation.marginals import along, fluctuating, over_classes, term_shares
 from varscale.theory.propagation.pullbacks import Cotangent
 from varscale.theory.propagation.shared_component import channel_scatter, of_an_average, of_few
+from varscale.theory.propagation.token_gram import normed_together
 
 
 def with_own_weights(spread: Spread, node: Node) -> Spread:
@@ -144,35 +144,23 @@ _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first o
 def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], part: Cotangent) -> Cotangent:
     """A tree's cotangent past its `slope` towards a root, by the roots' fluctuations; a norm's scales are `held`."""
     ratio = _slope_in(root.node, node)
-    passed = replace(part, scale=part.scale * ratio, own=0.0, unit=0.0)
     if isinstance(slope.node, Constant):
-        return replace(passed, radial=0.0 if held else part.radial)
+        return replace(part, scale=part.scale * ratio, own=0.0)
+    passed = replace(part, scale=part.scale * ratio, own=0.0, unit=0.0, weights=0.0)
     if held:
-        # The derivative may lack what a norm normalises, and not its scale: the groups are the tree's.
-        scales, doubt = {view.node for view in held}, part.doubt
-        for group in cofactors(node).values():
-            varied = {view.node for view in group} - scales
-            own = [r for r in roots(slope.node) if r.node in varied]
-            if own := sorted(own, key=lambda r: r.node is not group[0].node):
-                ratio, curvature = response_to(slope.node, own)
-                spread = kernel(own[0].node)
-                doubt += 2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
-        # Nothing of a gradient is left along what a sample's own scale, over all units, normalises. Past a
-        # matrix that holds of the sum over all units, not of one unit over samples or of one group of units.
-        kept = sorted({place for view in held for place in view.bind})
-        of_all_units = 0 < len(kept) < len(node.axes) and kept == list(range(len(kept)))
-        return replace(passed, doubt=doubt, radial=-1.0 if of_all_units else 0.0)
+        # Nothing of a gradient is left along what a norm of units at P places normalises: −1/P of it at one.
+        # So it is along one unit's weights: over the root mean square of m units, g² goes by |w|^(−2/m).
+        norm = normed_together(root, held[0])
+        some = bool(norm.tokens or norm.features)
+        return replace(passed, radial=-some / root.node.count(norm.tokens), weights=-2 * some / norm.count)
     derivative, own = inherited(slope.node), _slope_in(root.node, slope.node)
     together = part.scale * shared(derivative.places, inherited(node).places)
     together += part.unit * _with_slope(node, slope)
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
-    return replace(
-        passed,
-        second=part.second * ((1 + derivative.shift) * math.exp(_limited(together))),
-        doubt=part.doubt + derivative.bend + ROUGH * abs(together),
-        own=own,
-        radial=part.radial * ratio**2 * node.table.mean_square / flat + 2 * own,
-    )
+    second = part.second * ((1 + derivative.shift) * math.exp(_limited(together)))
+    doubt = part.doubt + derivative.bend + ROUGH * abs(together)
+    radial = part.radial * ratio**2 * node.table.mean_square / flat + 2 * own
+    return replace(passed, second=second, doubt=doubt, own=own, radial=radial)
 
 
 def _slope_in(root: Node, node: Node) -> float:
@@ -185,11 +173,14 @@ def summed_scale(node: Node, i: int, part: Cotangent) -> Cotangent:
     """What the fluctuations of a node's i-th argument, in which the node is linear, make of its cotangent."""
     share = float(term_shares(node)[i]) if isinstance(node, Sum) and i not in node.centring else 1.0
     sampled = max((1 + kernel(node).point) / (1 + inherited(node.args[i].node).point) - 1, 0.0)
-    scale, radial, unit, growth = part.scale * share, part.radial * share, part.unit * share, 1.0
-    if sampled:
-        radial = radial if isinstance(node, Sum) or any(v.node.is_drawn for v in node.args) else 0.0
-        growth, unit = 1 + _limited(radial / (node.width or math.inf)), (scale + radial) * sampled
-    return replace(part, second=growth * part.second, scale=scale, radial=radial, unit=unit)
+    radial, unit, weights, growth = share * part.radial, share * part.unit, share * part.weights, 1.0
+    if sampled > EXCESS_ROUNDING:
+        radial = radial if isinstance(node, Sum) or any(x.is_drawn for x in node.sources) else 0.0
+        varied = next((applied.leaf.kurtosis - 1 for applied in applied_weights(node)), 0.0)
+        growth = 1 + _limited((radial + weights * varied / 2) / (node.width or math.inf))
+        unit, weights = (share * part.scale + radial) * sampled, 0.0
+    second, scale = growth * part.second, share * part.scale
+    return replace(part, second=second, scale=scale, radial=radial, unit=unit, weights=weights)
 
 
 def _limited(x: float) -> float:
@@ -202,5 +193,5 @@ def _with_slope(node: Apply, slope: View) -> float:
     lines = [over_classes(np.square(along(x, node.axes, *live)), node.axes) for x in (node.whole, slope)]
     if len(live) != 1 or any(line.shape != WEIGHTS.shape for line in lines):
         return 0.0
-    f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)
-    return float((f * d) @ WEIGHTS - 1) / max(float(f**2 @ WEIGHTS) - 1, 1e-9)
+    f, d = (line / max(line @ WEIGHTS, 1e-300) for line in lines)
+    return float(((f * d) @ WEIGHTS - 1) / max(f**2 @ WEIGHTS - 1, 1e-9))

@@ -52,7 +52,7 @@ from varscale.theory.propagation.marginals import (
     term_shares,
     uncentred,
 )
-from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, patch_overlap, tokens_of
+from varscale.theory.propagation.token_gram import Tokens, overlap_before, own_part, patch_overlap, tokens_of
 
 
 def kurtosis_shift(node: Apply) -> tuple[float, float]:
@@ -159,10 +159,10 @@ def fresh(node: Node, axes: Collection[int]) -> float:
             own, table = tuple(k for k, place in enumerate(bind) if place in over), part.table
             gaussian = 2 * average(table.second**2 - table.outer**2, table.axes, own) / table.divisor**2
             excess += share**2 * (fresh(part, own) - gaussian)
-    return excess if excess > _EXCESS_ROUNDING else 0.0
+    return excess if excess > EXCESS_ROUNDING else 0.0
 
 
-_EXCESS_ROUNDING = 1e-12  # what rounding leaves of a relative variance that is zero
+EXCESS_ROUNDING = 1e-12  # what rounding leaves of a relative variance that is zero
 
 
 def free_share(weight: Leaf, terms: float, units: int) -> float:
@@ -244,7 +244,7 @@ def _correlation_scatter(node: Node) -> np.ndarray:
         x = tokens_of(applied.x, range(rank), range(rank, rank + len(node.params)))
         if x.tokens and x.features:
             own = min(own_part(x) / x.node.table.divisor, 1.0)
-            out = max(overlap(x) - 1 / x.count, 0.0) * own**2 * _of_one_unit(node, applied.x.bind)
+            out = overlap_before(x, x) * own**2 * _of_one_unit(node, applied.x.bind)
     return out
 
 

@@ -44,6 +44,7 @@ class Cotangent:
     scale: float = 0.0
     own: float = 0.0  # the same, through the last derivative it was multiplied by
     radial: float = 0.0  # e: its part along the node's values over that along any other direction, less one
+    weights: float = 0.0  # d ln(mean square)/d ln of the square of one unit's weights, beside that
     unit: float = 0.0  # what a unit's square, relative, adds to ln(mean square), for its part in the next sum
     # How much more than any two places near ones have in common at most, relative to the mean square.
     near: float = 0.0
@@ -168,13 +169,12 @@ def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
     What a norm does to a sum that is centred as a whole is none: what it takes away goes with its scale. But a term that
     lacks an axis of that mean (a time that is added at all places) collects what is left of it along the axis.
     """
-    mean, places = q.over, list(enumerate(p.view.bind))
-    kept = tuple(place for k, place in places if k not in mean.node.reduced)
-    if kept != mean.bind or q.view.bind != tuple(range(len(places))):
+    beside = tuple(p.view.bind[k] for k in q.over.node.reduced)
+    kept = tuple(place for place in p.view.bind if place not in beside)
+    if kept != q.over.bind or q.view != q.view.node.whole:
         return None
     if q.slope:
         q = q._replace(slope=q.slope.within(p.view.bind))
-    beside = tuple(place for k, place in places if k in mean.node.reduced)
     return Fork(p.view, _both(p, q, frame), None, beside)
 
 
@@ -257,20 +257,19 @@ def copies(node: Node) -> float:
 @once_per_node
 def repeats(node: Node) -> bool:
     """Whether near places of an array may be copies of one another, or averages of the same numbers, by known weights."""
-    matrix = isinstance(node, Contract) and node.params and any(isinstance(x, Array) for x, _ in node.args)
+    matrix = isinstance(node, Contract) and node.params and any(isinstance(x, Array) for x in node.sources)
     if matrix or (isinstance(node, Merge | Gather) and copies(node) > 1):
         return True
-    return not isinstance(node, Mean) and any(repeats(x) for x, _ in node.args)
+    return not isinstance(node, Mean) and any(map(repeats, node.sources))
 
 
 @once_per_node
 def meets_itself(node: Node) -> bool:
     """Whether near places of an array are made of the same entries: of an array and itself shifted along places, in one sum."""
-    read = [x for x, _ in (roots(node) if isinstance(node, Apply) else node.args)]
-    shifted = [_entries_of(x) for x in read if _is_shifted(x)]
-    others = [_entries_of(x) for x in read if not _is_shifted(x)]
+    shifted = [_entries_of(x) for x in node.sources if _is_shifted(x)]
+    others = [_entries_of(x) for x in node.sources if not _is_shifted(x)]
     met = isinstance(node, Apply | Sum) and any(a & b for a, b in itertools.product(shifted, others))
-    return met or any(meets_itself(x) for x in read)
+    return met or any(map(meets_itself, node.sources))
 
 
 def _is_shifted(node: Node) -> bool:
@@ -282,5 +281,5 @@ def _is_shifted(node: Node) -> bool:
 
 def _entries_of(node: Node) -> set[Node]:
     """The arrays of which a node's entries are entries, or functions of them."""
-    read = roots(node) if isinstance(node, Apply) else node.args if isinstance(node, Concat | Take) else ()
-    return set[Node]().union(*(_entries_of(x) for x, _ in read)) if read else {node}
+    read = node.sources if isinstance(node, Apply | Concat | Take) else ()
+    return set[Node]().union(*map(_entries_of, read)) if read else {node}

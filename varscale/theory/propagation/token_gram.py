@@ -41,7 +41,7 @@ from varscale.theory.graph.linear_nodes import (
 from varscale.theory.graph.nodes import Array, Constant, Node, View
 from varscale.theory.graph.normal_form import derivative
 from varscale.theory.graph.store import Fact, once_per_node
-from varscale.theory.propagation.marginals import concentrated, independent_factors
+from varscale.theory.propagation.marginals import cofactors, concentrated, independent_factors
 from varscale.theory.propagation.sampler import evenly
 
 _MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other, and how often
@@ -78,6 +78,12 @@ def tokens_of(view: View, tokens: Container[int], features: Container[int]) -> T
     """Tokens of a view over a frame, by the frame's axes."""
     own = (tuple(k for k, place in enumerate(view.bind) if place in axes) for axes in (tokens, features))
     return Tokens(view.node, *own)
+
+
+def normed_together(root: View, scale: View) -> Tokens:
+    """The places, and the units of one (along the last axis), of which a norm's scale is that of all together."""
+    over, last = [k for k, place in enumerate(root.bind) if place not in scale.bind], len(root.bind) - 1
+    return Tokens(root.node, tuple(k for k in over if k != last), tuple(k for k in over if k == last))
 
 
 def overlap(x: Tokens, y: Tokens | None = None) -> float:
@@ -262,6 +268,9 @@ def _of_a_function(x: Tokens, node: Apply) -> Mixture | None:
     for view, y in found:
         slope = derivative(node, view)
         second = 0.0 if slope is None else average(slope.second(node.axes), node.axes, apart=x.tokens)
+        # Of n tokens that a norm normalises together, two overlap less by 2/n.
+        if any(not {*scale.bind} & {*x.tokens} for scale in cofactors(node).get(view, [])[1:]):
+            second *= 1 - 2 / node.count(x.tokens)
         share = min(max(second * max(own_part(y), 0.0) / own, 0.0), 1.0)
         slopes.append(1.0 if alike(share, 1.0) else share)
     return Mixture([y for _, y in found], slopes, (1 - min(sum(slopes), 1.0) ** 2) / x.count)
