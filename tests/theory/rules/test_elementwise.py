@@ -36,6 +36,9 @@ def rows(f):
         pytest.param(lambda h: h + jax.lax.stop_gradient(jnp.round(h) - h), 1.0, jnp.round, id="straight through"),
         pytest.param(lambda h: 0.9 * jax.lax.stop_gradient(h) + 0.1 * h, 0.01, lambda h: h, id="in part"),
         pytest.param(jax.lax.stop_gradient, None, lambda h: h, id="all"),
+        pytest.param(
+            lambda h: h - jax.lax.stop_gradient(h.max(-1)[:, None]), 1.0, lambda h: h - h.max(-1)[:, None], id="largest"
+        ),
     ],
 )
 def test_nothing_comes_back_through_what_is_stopped(f, gradient, forward):

@@ -80,14 +80,13 @@ def identity(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
 def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     """The same forward.
 
-    A maximum that softmax takes from its logits has no gradient anyway; what is made of weights alone is left as it is, since
-    no row asks for the gradients of weights: a spectral norm is |Wᵀv|, whether it stops at v or not.
+    What is made of weights alone is left as it is, since no row asks for the gradients of weights: a spectral norm is |Wᵀv|,
+    whether it stops at v or not.
     """
     flows = (
         isinstance(x, Value) and not isinstance(x.node, Leaf | Array) and x.node.deps & x.node.graph.inputs
     )
-    stops = flows and not all(isinstance(r.node, OneOfMany) for r in roots(x.node))
-    return interpreter.elementwise("stop_gradient", x) if stops else x
+    return interpreter.elementwise("stop_gradient", x) if flows else x
 
 
 # Functions of numbers that do to a complex one what they do to its parts.
