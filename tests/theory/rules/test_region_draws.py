@@ -361,3 +361,15 @@ def test_gradients_pass_regions_of_either_precision(dtype):
     net = nn.Sequential([nn.Dense(16, dtype=dtype), Sorted(), nn.Dense(4, dtype=dtype)])
     report = predict(net, jax.ShapeDtypeStruct((8, 16), dtype))
     assert report["layers_0"].gradient == pytest.approx(0.25, rel=0.3)
+
+
+def test_modules_that_put_out_one_array_have_one_gradient():
+    class Sorted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return lax.top_k(nn.Sequential([nn.Dense(16, name="last")], name="outer")(x), 4)[0]
+
+    report = predict(nn.Sequential([nn.Dense(16), Sorted()]), jax.ShapeDtypeStruct((8, 16), jnp.float32))
+    outer, last = report["layers_1/outer"], report["layers_1/last"]
+    assert (outer.how, outer.gradient) == ("sampled", last.gradient)
+    assert last.gradient == pytest.approx(0.25, rel=0.05)  # 4 of 16 units are put out

@@ -243,7 +243,11 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         if scope and any(w.deps & x.deps for w in weights for x in others):
             # Drawn apart, weights and what was made with them outside would be unrelated.
             raise CannotDraw("random weights that it reads were applied before it")
-        return _outputs(interpreter, jaxpr, operands, eqn.params["nudged"], not scope)
+        out, names = (
+            _outputs(interpreter, jaxpr, operands, eqn.params["nudged"], not scope),
+            jaxpr.jaxpr.outvars,
+        )
+        return [out[names.index(v)] for v in names]  # an array that two modules put out is one
     except Exception as error:  # whatever is raised on numbers that equations were not written for
         interpreter.regions.refuse(scope, str(error) if isinstance(error, CannotDraw) else told(error))
     return [placeholder(interpreter, aval) for aval in jaxpr.out_avals]
