@@ -22,6 +22,7 @@ from varscale.measuring.instrument import Instrumented, Measured, instrument
 from varscale.programs import faces
 from varscale.programs.patterns import Pattern
 from varscale.schemes.coordinate_table import CoordinateCheck, CoordinateRow
+from varscale.schemes.embedding_factors import EMBEDDING
 from varscale.schemes.extra_rows import UPDATE, with_extra_rows
 from varscale.schemes.parametrization import Kind
 from varscale.schemes.relative import ATTENTION, READOUT, Relative
@@ -198,19 +199,24 @@ class _Run:
     def _by_path(self, site: Instrumented, numbers: Any) -> dict[str, Measured]:
         """What was measured of each row, as the program would have it with its multipliers where they belong."""
         found = {row.path: row for row in site.read(numbers) if not row.averaged}
-        for module, factor in self._factors():
+        for module, factor in self._factors({_module(path): row.kind for path, row in found.items()}):
             for path in [path for path in found if _module(path) == module]:
                 value = {name: x * factor**2 if name in ("size", "change") else x for name, x in found[path].value.items()}
                 found[path] = found[path]._replace(value=value)
         return found
 
-    def _factors(self) -> Iterator[tuple[str, float]]:
-        """Rows that a multiplier is to be applied to, and the multiplier."""
+    def _factors(self, kinds: Mapping[str, str]) -> Iterator[tuple[str, float]]:
+        """Rows that a multiplier is to be applied to, and the multiplier; `kinds`: the class of each row's module."""
         for requirement in () if self.plan is None else self.plan.requirements:
             module = requirement.where.rpartition("/")[0]
             if requirement.name == ATTENTION and requirement.status == "folded" and requirement.found:
                 # Its query is smaller by what the scores would have been multiplied with.
                 yield module, requirement.found / requirement.expected
+            elif requirement.name == EMBEDDING and requirement.status == "folded" and requirement.found:
+                # Layers of flax are multiplied by the program around them; what a model's own module gives has its factor.
+                if hasattr(nn, kinds.get(module, "")) or hasattr(nnx, kinds.get(module, "")):
+                    for row in (module, f"{module}.{UPDATE}"):
+                        yield row, requirement.found / requirement.expected
             elif requirement.name == READOUT and requirement.status == "present":
                 # The program multiplies what the module puts out; of a tied table that is another method's output.
                 leaf = self.uses[requirement.where]

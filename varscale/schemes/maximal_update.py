@@ -23,7 +23,8 @@ def mup(base: Any, *, table: Literal[3, 8] | None = None, laws: Any = "declared"
     rates and Adam's epsilon. In the form of table 3 an untied model is used as it is: what would be a multiplier of the program
     is part of a weight, attention's 1/d_head too: in the query's kernel, or half in that of query, key and value. In the form
     of table 8 the program must divide the readout's output by m and scale scores by 1/d_head; `plan.requirements` says whether
-    it does.
+    it does. Where the program multiplies embeddings, positions or an input layer by another number than in the base, such as
+    √d_model, their weights undo it; a table that is the readout too cannot, and the number of the base is required.
 
     Args:
         base: a narrower model of the same kind, such as `Net(width=64)` or an nnx factory; a mapping from fields of the linen

@@ -19,8 +19,8 @@ from varscale.schemes.requirements import branch_scales, looked_up
 from varscale.schemes.residuals import needs_additions, needs_gates
 from varscale.schemes.scheme import Choice, Scheme, Subject, checked_convention, spread
 from varscale.schemes.structure import Structure
-from varscale.usage.branches import times
 from varscale.usage.parameters import OneUse
+from varscale.usage.values import times
 
 _TENTH = (("adam_learning_rate", 0.1), ("sgd_learning_rate", 0.1))
 _NFNETS = {"relu": 1.7139588594436646, "gelu": 1.7015043497085571, "silu": 1.7881293296813965}

@@ -102,7 +102,7 @@ class Scaling:
 
     def folded(self) -> Scaling:
         """The same training with no multiplier in the program: it is part of the parameter."""
-        return self.moved(1 / self.multiplier)
+        return dataclasses.replace(self.moved(1 / self.multiplier), multiplier=1.0)
 
 
 def mup(growth: Growth, table: Literal[3, 8] = 3) -> Scaling:

@@ -10,18 +10,28 @@ from typing import Any, Literal
 from varscale.initializers.initializer import Initializer
 from varscale.schemes.declared_moments import Moments, measured, moments
 from varscale.schemes.description import pieces
+from varscale.schemes.embedding_factors import (
+    SAME,
+    is_kernel,
+    of_embeddings,
+    of_layer,
+    own_factors,
+    product,
+    reads_embeddings,
+    rounded,
+    use_as_readout,
+)
 from varscale.schemes.growth import Grown, GrownLeaf, grown
 from varscale.schemes.laws import Declared
 from varscale.schemes.parametrization import Growth, Scaling
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
 from varscale.schemes.scheme import declared_laws, spread
 from varscale.schemes.structure import packed_kernels, part_names
-from varscale.usage.parameters import Attention, ParameterUses
+from varscale.usage.parameters import Attention
 from varscale.usage.table import Uses
 
 Multipliers = Literal["weights", "program"]
 ATTENTION, READOUT = "attention scale", "readout multiplier"  # names of requirements
-_SAME = 1e-3  # relative difference of two numbers in a program that are meant to be equal: a program may hold them in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Relative:
             )
         form = self.form(both)
         scalings = {leaf.path: self.scaling(leaf, both) for leaf in both.leaves}
-        requirements = list(_of_outputs(both, scalings, form, name))
+        requirements = [*of_embeddings(both, scalings), *_of_outputs(both, scalings, form, name)]
         if self.attention:
             requirements += _of_scores(both, scalings, form)
         laws = _Laws(self.laws, both, model, x, params, method)
@@ -89,26 +99,11 @@ class Relative:
 
 def _output(leaf: GrownLeaf, both: Grown) -> tuple[float, float]:
     """What a parameter's output is multiplied with, in the model and in the base; NaN where the trace does not tell."""
-    kernel = leaf if _is_kernel(leaf) else next((k for k in _of_layer(leaf, both) if _is_kernel(k)), leaf)
-    base = None if both.base_uses is None else both.base_uses[kernel.base]
-    return _scale(kernel, kernel.uses), 1.0 if base is None else _scale(kernel, base)
-
-
-def _scale(leaf: GrownLeaf, p: ParameterUses) -> float:
-    use = p.main if leaf.conflict is None else p.uses[-1]  # of a tied table, that of the readout
-    # Inside a bounded function too, whose slope at 0 is 1: a soft cap c tanh(y / c) of logits.
-    scales = () if use is None else (use.input_scale, use.kernel_scale, use.function_scale, use.output_scale)
-    return math.prod(math.nan if scale is None else scale for scale in scales)
-
-
-def _is_kernel(leaf: GrownLeaf) -> bool:
-    return leaf.uses.main is not None and bool(leaf.uses.main.reduction_axes)
-
-
-def _of_layer(leaf: GrownLeaf, both: Grown) -> list[GrownLeaf]:
-    """The parameters of the same layer."""
-    layer = leaf.path.rpartition("/")[0]
-    return [other for other in both.leaves if other.path.rpartition("/")[0] == layer]
+    kernel = leaf if is_kernel(leaf) else next((k for k in of_layer(leaf, both) if is_kernel(k)), leaf)
+    mine, base = (use and (use.input_scale, *own_factors(use)) for use in use_as_readout(kernel, both))
+    if mine and reads_embeddings(kernel, both):
+        mine, base = mine[1:], base and base[1:]
+    return product(mine or ()), product(base or ())
 
 
 def _of_outputs(both: Grown, scalings: dict[str, Scaling], form: Multipliers, name: str) -> Iterator[Requirement]:
@@ -134,11 +129,11 @@ def _of_outputs(both: Grown, scalings: dict[str, Scaling], form: Multipliers, na
         told = not math.isnan(found / of_base)
         expected, found = (needed * of_base, found) if told else (needed, 1.0)
         is_readout = leaf.conflict is not None or leaf.growth.position == "readout"
-        present = told and math.isclose(found, expected, rel_tol=_SAME)
+        present = told and math.isclose(found, expected, rel_tol=SAME)
         if form == "weights":
-            left = 1.0 if present else _rounded(expected / found)
+            left = 1.0 if present else rounded(expected / found)
             scalings[leaf.path] = dataclasses.replace(scaling, multiplier=left).folded()
-        if _is_kernel(leaf):
+        if is_kernel(leaf):
             what = READOUT if is_readout else "residual multiplier"
             status = "present" if present else "folded" if form == "weights" else "missing" if told else "unknown"
             mend = f"multiply the output of {leaf.path!r} by {expected / found:.6g}"
@@ -149,7 +144,7 @@ def _of_scores(both: Grown, scalings: dict[str, Scaling], form: Multipliers) -> 
     """Scores are divided by the head's size: c/√d in the base is c·√d_base/d in the model."""
     leaves = {leaf.path: leaf for leaf in both.leaves}
     for number, mine in enumerate(both.uses.attentions):
-        queries = [leaves[path] for path in mine.query if _is_kernel(leaves[path])]
+        queries = [leaves[path] for path in mine.query if is_kernel(leaves[path])]
         base = _base_attention(mine, number, queries, both)
         if base is None or (mine.terms == base.terms and mine.scale == base.scale):
             continue
@@ -158,10 +153,10 @@ def _of_scores(both: Grown, scalings: dict[str, Scaling], form: Multipliers) -> 
             yield Requirement(ATTENTION, where, base.terms / mine.terms, None, "unknown")
             continue
         expected = base.scale * base.terms / mine.terms
-        present = math.isclose(mine.scale, expected, rel_tol=_SAME)
+        present = math.isclose(mine.scale, expected, rel_tol=SAME)
         folds = form == "weights" and not present and len(queries) == 1
         if folds:
-            moved = _in_weights(_rounded(expected / mine.scale), queries[0], mine, both)
+            moved = _in_weights(rounded(expected / mine.scale), queries[0], mine, both)
             for path, factor in moved.items():
                 left = dataclasses.replace(scalings[path], multiplier=scalings[path].multiplier * factor)
                 scalings[path] = left.folded()
@@ -181,16 +176,11 @@ def _in_weights(factor: float, queries: GrownLeaf, attention: Attention, both: G
     if queries.uses.main is None or queries.uses.main.normalised_after:
         return {}
     if made == {"query"}:
-        return dict.fromkeys((leaf.path for leaf in _of_layer(queries, both)), factor)
+        return dict.fromkeys((leaf.path for leaf in of_layer(queries, both)), factor)
     if made == {"query", "key", "value"} and attention.output:
         root = math.sqrt(factor)
-        return {**dict.fromkeys((leaf.path for leaf in _of_layer(queries, both)), root), attention.output: 1 / root}
+        return {**dict.fromkeys((leaf.path for leaf in of_layer(queries, both)), root), attention.output: 1 / root}
     return {}
-
-
-def _rounded(ratio: float) -> float:
-    """The digits of a ratio that numbers in float32 have."""
-    return float(f"{ratio:.6g}")
 
 
 def _base_attention(mine: Attention, number: int, queries: Sequence[GrownLeaf], both: Grown) -> Attention | None:

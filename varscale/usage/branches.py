@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -332,11 +331,6 @@ def summands(x: Flow, y: Flow, ways: Ways, in_time: bool) -> Addition | None:
             if max(way.values(), default=0) > 1 and ways.bends(way, branch, stream):
                 return Addition(stream, branch, way, shortcut=True)
     return None
-
-
-def times(scale: float | None, number: float | None) -> float | None:
-    """A product of two factors of which either may be unknown."""
-    return None if scale is None or number is None or not math.isfinite(number) else scale * number
 
 
 def scaled_by_its_own(x: Flow, y: Flow) -> Flow | None:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from varscale.usage import layouts
-from varscale.usage.branches import times
 from varscale.usage.layouts import Axes
 from varscale.usage.notes import Use
-from varscale.usage.values import Flow, Score, Value, View, changed
+from varscale.usage.values import Flow, Score, Value, View, changed, times
 from varscale.usage.walk import Walk
 
 
@@ -217,7 +216,7 @@ def gather(walk: Walk, eqn: Any, values: list[Value]) -> Value:
             reduction=layouts.of(operand.axes, looked_up),
             output=layouts.of(operand.axes, features),
         )
-        return _linear(walk, operand, index, use, shape, tuple(axes))
+        return _linear(walk, operand, changed(index, scale=1.0), use, shape, tuple(axes))
     flows = [v for v in values if isinstance(v, Flow)]
     if isinstance(operand, Flow) and operand.functions:
         return walk.input(shape, flows, functions=operand.functions)

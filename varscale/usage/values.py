@@ -110,6 +110,7 @@ class Flow:
         scaled: whether a parameter has scaled it, or what it was divided by, since it was normalised.
         spread: whether it was repeated along an axis since its anchor.
         holds: the anchors, as bits, of what it was multiplied with or summed of by other activations since the last linear map.
+        addends: of a sum of embeddings, the uses that made them, and the constant that each was multiplied by over `scale`.
     """
 
     anchor: int
@@ -135,6 +136,7 @@ class Flow:
     scaled: bool = False
     spread: bool = False
     holds: int = 0
+    addends: frozenset[tuple[int, float | None]] = frozenset()
 
     @property
     def size(self) -> int:
@@ -146,9 +148,22 @@ class Flow:
         """Whether no parameter has mixed or looked up its features yet."""
         return self.maps == 0 and not self.embedded
 
+    @property
+    def embeddings(self) -> frozenset[tuple[int, float | None]]:
+        """The uses that made the embeddings it is a sum of, and the constant that each was multiplied by."""
+        if self.maps or self.functions:
+            return frozenset()
+        own = frozenset((source.use, 1.0) for source in self.sources if self.direct)
+        return frozenset((use, times(self.scale, factor)) for use, factor in own | self.addends)
+
 
 Value = View | Flow | None  # None: a constant
 Known = TypeVar("Known", bound=View | Flow)
+
+
+def times(scale: float | None, number: float | None) -> float | None:
+    """A product of two factors of which either may be unknown."""
+    return None if scale is None or number is None or not math.isfinite(number) else scale * number
 
 
 def changed(x: Known, **fields: Any) -> Known:

@@ -10,12 +10,12 @@ from typing import Any
 
 from varscale import _compat
 from varscale.usage import layouts
-from varscale.usage.branches import Residuals, scaled_by_its_own, summands, times
+from varscale.usage.branches import Residuals, scaled_by_its_own, summands
 from varscale.usage.notes import Attended, Use
 from varscale.usage.numbers import Numbers
 from varscale.usage.places import Places
 from varscale.usage.primitives import ACTIVATIONS, BINARY, HOMOGENEOUS, LINEAR, MASKS, REDUCTIONS, SAME, WINDOWS
-from varscale.usage.values import NAMED_FUNCTIONS, Flow, Score, Source, Value, View, changed
+from varscale.usage.values import NAMED_FUNCTIONS, Flow, Score, Source, Value, View, changed, times
 
 Handler = Callable[["Walk", Any, list[Value]], Value | list[Value]]
 
@@ -106,6 +106,8 @@ class Walk:
             if x.direct and not use.after:
                 use.after = x.functions or frozenset({"norm"} if x.normalised else ())
                 use.function_scale = x.function_scale
+        for use, factor in () if x.functions else x.addends:
+            self.uses[use].output_scale = times(x.scale, factor)
 
     # -- the walk -------------------------------------------------------------------------------------------------------
 
@@ -247,20 +249,16 @@ class Walk:
         is_place = kind == "shift" and self._is_place(view, x)
         sources = self.note_all(
             Use(
-                view.parameter,
-                "place" if is_place else kind,
-                output=axes,
-                batch=tuple(sorted(view.batch)),
-                steps=view.steps,
-                depth=x.depth,
-                before=x.functions,
-                raw=x.raw,
-                normalised=normalised,
-                input_scale=x.scale,
+                view.parameter, "place" if is_place else kind, output=axes, batch=tuple(sorted(view.batch)), steps=view.steps,
+                depth=x.depth, before=x.functions, raw=x.raw, normalised=normalised, input_scale=x.scale,
+                kernel_scale=view.scale,
             ),
             view,
-        )
+        )  # fmt: skip
         self.anchored(sources, x)
+        if is_place:
+            over = 1 / x.scale if x.scale else None
+            return changed(x, addends=x.addends | {(source.use, over) for source in sources})
         if kind != "scale":
             return x
         if normalised and (x.reduced or not x.scaled):
@@ -314,10 +312,11 @@ class Walk:
         scores = x if x.score is not None else y
         scale = scores.scale if scores.score is not None else 1.0
         holds = x.holds | y.holds | 1 << x.anchor | 1 << y.anchor
+        addends = x.embeddings | y.embeddings if is_sum else frozenset()
         score = scores.score
         return self.input(
             shape, (x, y), linear=is_sum or name == "sub", axes=wide.axes, sources=sources, score=score, scale=scale,
-            holds=holds, mixed=mixed,
+            holds=holds, mixed=mixed, addends=addends,
         )  # fmt: skip
 
     def _gated(self, x: Flow, y: Flow) -> frozenset[Source]:
