@@ -260,3 +260,27 @@ def test_the_check_of_a_pre_norm_decoder_is_flat_and_names_the_factor_of_a_tied_
     tied = functools.partial(Gemma, tied=True)
     found = check(tied, vs.schemes.mup(base=tied(BASE)), IDS).findings
     assert any(finding.startswith("missing: embedding multiplier") for finding in found)
+
+
+def test_the_check_knows_a_module_that_passes_its_table_on():
+    """The factor stands outside of the module that holds the table: the module's own row is read with it too."""
+
+    class Lookup(nnx.Module):
+        def __init__(self, width, rngs):
+            self.embed = nnx.Embed(TOKENS, width, embedding_init=NORMAL, rngs=rngs)
+
+        def __call__(self, ids):
+            return self.embed(ids)
+
+    class Net(nnx.Module):
+        def __init__(self, width, rngs):
+            self.lookup, self.head = Lookup(width, rngs), nnx.Linear(width, TOKENS, rngs=rngs)
+            self.hidden, self.factor = nnx.Linear(width, width, rngs=rngs), width**0.5
+
+        def __call__(self, ids):
+            x = self.lookup(ids) * self.factor
+            return self.head(x + nnx.relu(self.hidden(x)))
+
+    found = check(lambda width, rngs: Net(width, rngs), vs.schemes.mup(base=lambda rngs: Net(BASE, rngs)), IDS)
+    assert found.findings == ()
+    assert np.array_equal(found["lookup"].sizes, found["lookup/embed"].sizes)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
 
 _KEY_OF_TARGETS = 1
+_ROUNDING = 1e-5  # relative, of two sums of the same squares in float32
 
 
 def coordinate_check(
@@ -198,9 +200,10 @@ class _Run:
 
     def _by_path(self, site: Instrumented, numbers: Any) -> dict[str, Measured]:
         """What was measured of each row, as the program would have it with its multipliers where they belong."""
-        found = {row.path: row for row in site.read(numbers) if not row.averaged}
+        measured = {row.path: row for row in site.read(numbers) if not row.averaged}
+        found = dict(measured)
         for module, factor in self._factors({_module(path): row.kind for path, row in found.items()}):
-            for path in [path for path in found if _module(path) == module]:
+            for path in [path for path in found if _module(path) == module or _passes_on(measured, path, module)]:
                 value = {name: x * factor**2 if name in ("size", "change") else x for name, x in found[path].value.items()}
                 found[path] = found[path]._replace(value=value)
         return found
@@ -294,6 +297,14 @@ def _reduced(site: Instrumented, now: Any, first: Any) -> Any:
     changes = [(place, "change" if name == "size" else f"{name} again", tree, shape) for place, name, tree, shape in layout]
     both = jnp.concatenate([mean_squares(now.flat), mean_squares(now.flat - first.flat)])
     return dataclasses.replace(now, flat=both, layout=(*layout, *changes))
+
+
+def _passes_on(rows: Mapping[str, Measured], path: str, module: str) -> bool:
+    """Whether a row is that of a module around another, whose output it puts out as it is."""
+    if module not in rows or not module.startswith(f"{path}/"):
+        return False
+    whole, inner = (rows[p].value["size"] for p in (path, module))
+    return math.isclose(whole, inner, rel_tol=_ROUNDING)
 
 
 def _module(path: str) -> str:
