@@ -64,3 +64,36 @@ def test_gradients_of_windows_that_share_their_largest_entry(taps, stride, right
 
     row = vs.predict(Net(), jax.ShapeDtypeStruct((2, 17, 17, 4), jnp.float32))["conv"]
     assert row.gradient == pytest.approx(right, rel=0.02)
+
+
+class Conditioned(nn.Module):
+    """Times are embedded by known frequencies and added to a picture, which is pooled and attends to itself."""
+
+    @nn.compact
+    def __call__(self, x, t):
+        embedded = nn.Dense(16, name="time")(jnp.sin(jnp.outer(t, jnp.arange(1.0, 9.0))))[:, None, None]
+        x = Shrunk(name="down")(x, embedded)
+        return Attending(name="attention")(x)
+
+
+class Shrunk(nn.Module):
+    @nn.compact
+    def __call__(self, x, embedded):
+        return nn.avg_pool(nn.relu(nn.Conv(16, (3, 3))(x) + embedded), (2, 2), (2, 2))
+
+
+class Attending(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        queries, keys, values = jnp.split(nn.Dense(3 * x.shape[-1])(nn.LayerNorm()(x)), 3, -1)
+        return x + jax.nn.softmax(queries @ keys.swapaxes(1, 2) / 4) @ values
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_what_a_drawn_module_reads_is_drawn_where_it_was_made():
+    """The pool's moments are asked for by the attention, which cannot be drawn without them."""
+    x, t = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    report = vs.predict(Conditioned(), vs.inputs(x, t), backward=False)
+    assert np.isfinite(report.output.second_moment)
+    assert "'down'" in report.notes[0]

@@ -121,10 +121,10 @@ class Interpreter:
             return False
         return self.regions.ask("" if whole else self.place.scope_of(self.entering), reason)
 
-    def ask_for(self, error: PredictionError) -> bool:
+    def ask_for(self, error: Exception) -> bool:
         """Ask for a region of the module in which moments could not be worked out; False where there is none to be had."""
-        place = self._places.get(error.equation)
-        return place is not None and self.regions.ask(place.scope_of(error.equation), str(error))
+        place = self._places.get(eqn := located(error).equation)
+        return place is not None and self.regions.ask(place.scope_of(eqn), told(error))
 
     def _nudge(self, x: Any) -> Any:
         if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:

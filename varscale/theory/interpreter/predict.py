@@ -281,9 +281,8 @@ def _settled(
             if not interpreter.regions.again() and made is not None:
                 return made, found
         except Exception as error:
-            known = error if isinstance(error, PredictionError) else located(error)
-            interpreter.ask_for(known)
+            interpreter.ask_for(error)
             if not interpreter.regions.again():  # else it met a placeholder, or what will now be drawn
                 if interpreter.graph.undrawn:
-                    raise known from error
+                    raise error if isinstance(error, PredictionError) else located(error) from error
                 interpreter.graph.undrawn = True

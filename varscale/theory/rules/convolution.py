@@ -133,7 +133,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
 def near_places(node: WindowSum, second: float, alike: float) -> float:
     """How far near places, more alike than any two, go from a mean square to what it is where all places are `alike`."""
     near = node.argument.near
-    if near == 1:
+    if near == 1 and not node.graph.undrawn:
         raise NotImplementedError("windows over known numbers, of which near ones may be more alike")
     return near * abs(alike / max(second, 1e-300) - 1)
 

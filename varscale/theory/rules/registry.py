@@ -99,6 +99,7 @@ class Context(Protocol):
     elementwise: Callable[..., Value]
     # (reason, whole=False), ask for a region of this module, or of the whole model; False: there is none
     ask: Callable[..., bool]
+    ask_for: Callable[..., bool]  # (error), the same of the module where it came up
     # (name, shape, mean, second_moment, *, odd, **law), a new random tensor with independent entries
     leaf: Callable[..., Value]
 

@@ -249,7 +249,8 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         )
         return [out[names.index(v)] for v in names]  # an array that two modules put out is one
     except Exception as error:  # whatever is raised on numbers that equations were not written for
-        interpreter.regions.refuse(scope, str(error) if isinstance(error, CannotDraw) else told(error))
+        if not interpreter.ask_for(error):  # moments of what it reads could be worked out
+            interpreter.regions.refuse(scope, str(error) if isinstance(error, CannotDraw) else told(error))
     return [placeholder(interpreter, aval) for aval in jaxpr.out_avals]
 
 
