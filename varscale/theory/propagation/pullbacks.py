@@ -21,7 +21,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axes, apply_axis, average, contract_axes
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
-from varscale.theory.graph.convolutions import WindowMax, WindowSum
+from varscale.theory.graph.convolutions import Conv, WindowMax, WindowSum
 from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, swapped
 from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
@@ -258,6 +258,8 @@ def copies(node: Node) -> float:
 def repeats(node: Node) -> bool:
     """Whether near places of an array may be copies of one another, or averages of the same numbers, by known weights."""
     matrix = isinstance(node, Contract) and node.params and any(isinstance(x, Array) for x in node.sources)
+    if isinstance(node, Conv) and not node.args[1].node.deps:
+        matrix = any((w.taps - 1) * w.dilation >= w.stride for w in node.params.windows)
     if matrix or (isinstance(node, Merge | Gather) and copies(node) > 1):
         return True
     return not isinstance(node, Mean) and any(map(repeats, node.sources))

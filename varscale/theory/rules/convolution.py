@@ -114,9 +114,8 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
         return drawn_region(interpreter, eqn, (x, w), "its kernel is no weight")
     outputs, taps = [aval.shape[d] for d in out_spec[2:]], [w.shape[d] for d in w_spec[2:]]
     smooth = math.prod(taps) > 1 and x.node.near == 1 and is_known_array(x.node)
-    if (smooth and interpreter.ask("windows over given places that are alike", whole=True)) or (
-        repeats(w.node) and interpreter.ask("a kernel that repeats itself", whole=True)
-    ):
+    alike = smooth or repeats(w.node) or (not w.node.deps and repeats(x.node))
+    if alike and interpreter.ask("windows over near places that are alike", whole=True):
         return placeholder(interpreter, aval)
     (cx, x), (cw, w) = without_factor(x), without_factor(w)
     x, w = separated(x), separated(w)
@@ -150,16 +149,18 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
 
 @pullback.register
 def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
-    maps = node.maps(cotangent_counts)
-    return [node.carried(cotangent, maps, back=True)]
+    return [node.carried(cotangent, node.maps(cotangent_counts), back=True)]
 
 
+@cross_by_kind.register(WindowMax)
 @cross_by_kind.register
 def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Places of another array over the same grid, against the places that a window reads."""
     x, (windows, xd, od) = node.argument, node.params
-    if [axis.size for axis in dim_axes(x, xd)] != [axis.size for axis in dim_axes(node, od)]:
-        return None  # a stride leaves places out, a border makes some
+    if isinstance(node, WindowMax) or [a.size for a in dim_axes(x, xd)] != [
+        a.size for a in dim_axes(node, od)
+    ]:
+        return None  # which places a maximum reads is random; a stride leaves some out, a border makes some
     at = {k: a.bind[o] for k, o in zip(xd, od, strict=True) if k is not None and o is not None}
     out = cross(x.whole.within(at), b, frame)
     for window, k in zip(windows, xd, strict=True):
@@ -169,11 +170,6 @@ def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) 
             out = apply_axis(full_along(out, at[k], axis), at[k], counts)
     unsure(x.graph, "quadrature", x.near)
     return out
-
-
-@cross_by_kind.register
-def cross_by_kind_of_window_max(node: WindowMax, a: View, b: View, frame: Axes) -> None:
-    return None  # which places are read depends on what is there
 
 
 _MAXIMA_SORTED = 200_000  # maxima that a law is taken from
@@ -231,7 +227,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return float(y.mean()), float((y**2).mean())
 
     cells = itertools.product(*([round(float(n)) for n in own] for own in counts))
-    law = np.array([moments(cell) for cell in cells]).T.reshape(2, *map(len, counts))
+    law = np.array(list(map(moments, cells))).T.reshape(2, *map(len, counts))
     mean, square = (by_axis(own, node.params.out_dims) for own in law)
     return mean * np.sqrt(squares), square * squares
 
@@ -242,8 +238,7 @@ def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: Backwa
     (windows, xd, od), x, taps = node.params, node.argument, taps_of(node)
     read = zip(windows, dim_axes(x, xd), dim_axes(node, od), strict=True)
     same = [None if w is None else adjoint(tap_pairs(w, a, o)[0], o, a) for w, a, o in read]
-    every = node.maps(cotangent_counts)
-    own, spread = (node.carried(cotangent, maps, back=True) for maps in (same, every))
+    own, spread = (node.carried(cotangent, maps, back=True) for maps in (same, node.maps(cotangent_counts)))
     diagonal = equal(x.axes)
     overlaps = (w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in windows if w is not None)
     shared = outer(np.maximum(overlap, 0) for overlap in overlaps)
@@ -261,7 +256,7 @@ def reduce_window(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
 
     def pooled(x: Value, kind: type[WindowSum] = WindowMax) -> Value:
         x, ones = separated(x), (1,) * len(aval.shape)
-        if repeats(x.node) and interpreter.ask("windows over copies of near places", whole=True):
+        if repeats(x.node) and interpreter.ask("windows over near places that are alike", whole=True):
             return placeholder(interpreter, aval)
         strides, lows = p["window_strides"], [low for low, _ in p["padding"]]
         dilations = (p.get(name) or ones for name in ("base_dilation", "window_dilation"))
@@ -269,8 +264,8 @@ def reduce_window(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
         pairs = zip(read, p["padding"], strict=True)
         windows = tuple(None if w.taps == w.stride == 1 and not any(ends) else w for w, ends in pairs)
         xd = _axes_of(x, range(len(windows)))
-        inner = zip(windows, dim_axes(x.node, xd), strict=True)
-        out = [axis if w is None else output_axis(w, axis) for w, axis in inner]
+        inner = dim_axes(x.node, xd)
+        out = [a if w is None else output_axis(w, a) for w, a in zip(windows, inner, strict=True)]
         return _window_node([x], kind, out, partial(WindowSumParams, windows, xd))
 
     return pooled(x, WindowSum) if eqn.primitive.name == "reduce_window_sum" else of_increasing(x, pooled)
