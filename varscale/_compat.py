@@ -23,6 +23,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 
 
+def zeros(aval: Any) -> Any:
+    """Zeros as an equation's operand."""
+    return jax.extend.core.Literal(np.zeros(aval.shape, aval.dtype), aval)
+
+
 def is_tracer(x: Any) -> bool:
     """Whether an array stands for one of a function that is being traced."""
     return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import compress
@@ -110,13 +111,14 @@ def _seeds(jaxpr: Any) -> bool:
 
 
 def live(jaxpr: Any, eqns: Sequence[Any]) -> list[Any]:
-    """The equations, of these, that the outputs of a jaxpr depend on; rematerializations less what they do not depend on."""
+    """The equations, of these, that the outputs of a jaxpr depend on; rematerializations and scans less what they do not."""
     given = set(jaxpr.invars)
     needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
     found = []
     for eqn in reversed(eqns):
         if not needed.isdisjoint(eqn.outvars):
-            found.append(_part_of_remat(eqn, needed) if eqn.primitive.name in REMAT else eqn)
+            part = _part_of_scan if eqn.primitive.name == "scan" else _part_of_remat
+            found.append(part(eqn, needed) if eqn.primitive.name in {"scan", *REMAT} else eqn)
             needed.update(v for v in found[-1].invars if not _compat.is_literal(v) and v not in given)
     return found[::-1]
 
@@ -129,6 +131,23 @@ def _part_of_remat(eqn: Any, needed: set[Any]) -> Any:
     if isinstance(kept, tuple):  # operand by operand
         params["prevent_cse"] = tuple(compress(kept, reads))
     return eqn.replace(invars=list(compress(eqn.invars, reads)), outvars=list(compress(eqn.outvars, made)), params=params)
+
+
+def _part_of_scan(eqn: Any, needed: set[Any]) -> Any:
+    """A scan that reads zeros for what only outputs that are not needed are made of: parameters are drawn for any input."""
+    _, reads = parts_of_scan(eqn, [v in needed for v in eqn.outvars])
+    lost = {v for v in compress(eqn.invars, map(operator.not_, reads)) if not (_compat.is_literal(v) or is_key(v))}
+    read = {v for v in compress(eqn.invars, reads) if not _compat.is_literal(v)}
+    zeros = {v: _compat.zeros(v.aval) for v in lost - read}
+    return eqn.replace(invars=[v if _compat.is_literal(v) else zeros.get(v, v) for v in eqn.invars]) if zeros else eqn
+
+
+def parts_of_scan(eqn: Any, made: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
+    """Which outputs of a scan some of them depend on, themselves included, and which of its operands."""
+    reads = _part_computing(_compat.sub_jaxpr(eqn.params["jaxpr"])[0], tuple(made))[1]
+    carry = _compat.scan_operands(eqn.params, reads)[1]
+    more = [*map(operator.or_, made, carry), *made[len(carry) :]]
+    return (made, reads) if more == [*made] else parts_of_scan(eqn, more)
 
 
 @lru_cache(maxsize=256)  # so that equal parts are one

@@ -39,6 +39,37 @@ def test_linen_scan_over_layers_is_the_layers_written_out(depth):
     assert report.output.gradient_error_bound < 0.15
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_layers_of_nested_scans_stacked_along_any_axis(stages, axis):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = Block
+            for length in (DEPTH // stages, stages)[:stages]:
+                of = dict(variable_axes={"params": axis}, split_rngs={"params": True}, length=length)
+                layers = nn.scan(layers, **of)
+            return layers(WIDTH, name="layers")(x, None)[0]
+
+    report = vs.predict(Net(), X)
+    assert len(report.rows) == 3 * DEPTH + 1
+    assert len(report.weights) == 2
+    assert report.output.second_moment == pytest.approx(1.5**DEPTH, rel=1e-5)
+
+
+def test_layers_of_one_scan_after_another():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Scanned(6)(nn.Dense(WIDTH)(Scanned(6)(x)))
+
+    report = vs.predict(Net(), X)
+    assert len(report.rows) == 3 * DEPTH + 2 + 1 + 1
+    assert len(report.weights) == 5
+    assert report.output.second_moment == pytest.approx(1.5**DEPTH, rel=1e-5)
+    assert report.output.how != "sampled"
+
+
 def test_scan_over_wide_layers_runs_nothing():
     report = vs.predict(Scanned(24, 2048), jax.ShapeDtypeStruct((16, 2048), jnp.float32), backward=False)
     assert report.output.second_moment == pytest.approx(1.5**24, rel=1e-4)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
+from varscale.programs.pieces import parts_of_scan
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value
@@ -27,7 +28,6 @@ from varscale.theory.rules.registry import (
     parts,
     rule,
     sub_jaxpr_of,
-    used_variables,
 )
 from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region, placeholder
 
@@ -51,7 +51,7 @@ _FEW_STEPS = 4  # of a loop over time that are taken one by one
 def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A scan over layers step by step, over time (the same weights at every step) as a region; what is not read is None."""
     p, (jaxpr, literals) = eqn.params, _compat.sub_jaxpr(eqn.params["jaxpr"])
-    kept = _needed(jaxpr, p, [v in interpreter.used for v in eqn.outvars])
+    kept, _ = parts_of_scan(eqn, [v in interpreter.used for v in eqn.outvars])
     fixed, carry, streams = _compat.scan_operands(p, xs)
     values = [x for x in streams if isinstance(x, Value)]
     layers = any(  # a stream is made of weights that differ from step to step
@@ -78,14 +78,6 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     return [*carry, *(None if row[0] is None else stack(interpreter, row) for row in rows)]
 
 
-def _needed(jaxpr: Any, p: dict[str, Any], read: list[bool]) -> list[bool]:
-    """Which outputs of a scan's body those that are read depend on, themselves included."""
-    carry = _compat.scan_operands(p, jaxpr.invars)[1]
-    used = used_variables(jaxpr.replace(outvars=list(itertools.compress(jaxpr.outvars, read))))
-    more = [keep or (k < len(carry) and carry[k] in used) for k, keep in enumerate(read)]
-    return read if more == read else _needed(jaxpr, p, more)
-
-
 def index(interpreter: Context, x: Any, step: int) -> Any:
     """x[step] of a stacked value."""
     if isinstance(x, Opaque):
@@ -107,7 +99,7 @@ def stack(interpreter: Context, steps: Sequence[Any]) -> Any:
     if all(s == one for s in steps):
         return layout.broadcast_in_dim(one, (len(steps), *one.shape), range(1, len(one.dims) + 1))
     out = concatenate(interpreter.graph, [layout.reshape(s, (1, *s.shape)) for s in steps], 0)
-    STACKED.put(interpreter.graph, (out.node.id, out.dims), list(steps))
+    STACKED.put(interpreter.graph, out.node.id, steps)
     return out
 
 

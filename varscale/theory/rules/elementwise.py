@@ -83,10 +83,9 @@ def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     What is made of weights alone is left as it is, since no row asks for the gradients of weights: a spectral norm is |Wᵀv|,
     whether it stops at v or not.
     """
-    flows = (
-        isinstance(x, Value) and not isinstance(x.node, Leaf | Array) and x.node.deps & x.node.graph.inputs
-    )
-    return interpreter.elementwise("stop_gradient", x) if flows else x
+    if isinstance(x, Value) and not isinstance(x.node, Leaf | Array) and x.node.deps & x.node.graph.inputs:
+        return interpreter.elementwise("stop_gradient", x)
+    return x
 
 
 # Functions of numbers that do to a complex one what they do to its parts.

@@ -95,15 +95,19 @@ def as_weight(interpreter: Context, x: Value) -> Value:
             dims = renumbered(x.dims, {b: k for k, b in enumerate(bind)})
             made = interpreter.elementwise("mul", made, Value(source, dims))
         return made
-    steps = STACKED.get(graph, (node.id, x.dims))  # drawn by a scan, a slice a step
-    found, *others = {law(part.node) or _scaled_law(part.node) for part in steps or [x]}
+    found, *others = {law(part) or _scaled_law(part) for part in _drawn_slices(node)}
     if others or found is None:
         return x
-    axes = node.axes if steps is None else (Axis(x.shape[0]), *node.axes[1:])
+    axes = tuple(Axis(axis.size) for axis in node.axes)
     values = None if found.values is None else np.frombuffer(found.values)
     weight = graph.make(Leaf, axes, (), ("weight", node))
     table = independent(found.mean, found.second_moment, axes)
     return Value(weight.settle(table, odd=found.mean == 0, kurtosis=found.kurtosis, transport=values), x.dims)
+
+
+def _drawn_slices(node: Node) -> list[Node]:
+    """What scans, one in another, drew a slice a step."""
+    return [x for part in STACKED.get(node.graph, node.id) or () for x in _drawn_slices(part.node)] or [node]
 
 
 def is_weight(x: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ RULES: dict[str, Rule] = {}
 RECOGNISERS: dict[str, list[Rule]] = {}
 # Primitives whose rules handle known numbers themselves, without writing them out.
 ELEMENTWISE_OR_LAYOUT: set[str] = set()
-STACKED: Fact[Hashable, list[Any]] = Fact()  # the values of the steps that a stacked value is made of
+STACKED: Fact[int, Sequence[Any]] = Fact()  # the values of the steps that a stacked node is made of
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
