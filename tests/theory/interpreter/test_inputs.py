@@ -13,10 +13,12 @@ NOISE = RNG.standard_normal((16, 8, 64)).astype(np.float32)
 
 
 class Net(nn.Module):
+    convolution: bool = False
+
     @nn.compact
     def __call__(self, x):
-        x = nn.LayerNorm()(nn.Dense(64, use_bias=False)(x))
-        return nn.Dense(64)(nn.relu(nn.Dense(64)(x)))
+        layer = nn.Conv(64, (3, 3), use_bias=False) if self.convolution else nn.Dense(64, use_bias=False)
+        return nn.Dense(64)(nn.relu(nn.Dense(64)(nn.LayerNorm()(layer(x)))))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,28 @@ def test_gradients_behind_a_norm_go_as_the_mean_of_one_over_the_square_of_the_sc
     row = vs.predict(Net(), jnp.asarray(x), draws=40)["Dense_0"]
     assert row.gradient_holds
     assert row.gradient == pytest.approx(row.measured_gradient, rel=0.1)
+
+
+PLACES = {
+    "uniform features": RNG.uniform(-1, 1, (16, 32, 3)),
+    "features with heavy tails": RNG.standard_t(5, (256, 8)),
+    "pixels of one size": np.sign(RNG.standard_normal((16, 16, 16, 3))),
+    "pixels with heavy tails": RNG.standard_t(4, (16, 16, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("x", PLACES.values(), ids=PLACES.keys())
+def test_gradients_behind_a_norm_at_each_place_go_as_the_mean_of_one_over_its_own_square(x):
+    """E[1/v] E[v] of the mean squares v that are read: as of Gaussian numbers they would be off by .08 to .25.
+
+    The standard error of 40 draws is below 1 %: a sound row is further off than .05 once in 10⁶ times, one that is off by .08
+    with a power of .99. What v is over several taps of numbers with heavy tails is not told apart, but within its bound.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    row = vs.predict(Net(x.ndim == 4), x, draws=40)["Conv_0" if x.ndim == 4 else "Dense_0"]
+    assert row.gradient_holds
+    if x.shape[-1] > 1:
+        assert row.gradient == pytest.approx(row.measured_gradient, rel=0.05)
 
 
 def test_samples_of_zeros_stay_zero_through_a_norm():

@@ -75,11 +75,19 @@ def scales_samples(views: Sequence[View], frame: Axes, curved: bool) -> bool:
     return untold and any(node.deps & ~node.graph.inputs for node, _ in views)
 
 
-def scatter_of_given(node: Computed, axes: Collection[int]) -> float:
-    """Relative variance of the mean of x² over some axes: between places of the others, or that of a mean over all samples."""
-    held = rest(node.axes, axes)
-    means = np.square(_values(node)).mean(axis=tuple(axes if held else range(1, len(node.axes))))
-    return float(means.var() / max(means.mean(), 1e-300) ** 2) / (1 if held else len(means))
+def scatter_of_given(node: Node, axes: Collection[int], taps: int = 1) -> float:
+    """1 − 1/(E[v] E[1/v]) of mean squares v over some axes, between places of the others: a gamma v's relative variance.
+
+    Over all axes it is that of a mean over all samples. Over several taps v is lognormal, of a smooth array as varied as at one.
+    """
+    held = tuple(rest(node.axes, axes))
+    v = np.square(_values(node)).mean(axis=tuple(axes if held else range(1, len(node.axes))))
+    if held[:1] == (0,) and node.axes[0].classes > 1:  # of samples of one scale
+        v = v / np.maximum(v.mean(axis=tuple(range(1, v.ndim)), keepdims=True), 1e-300)
+    v = v[v > 0]
+    varied = v.var() / v.mean() ** 2 / (1 if node.near == 1 else taps)
+    varied = 1 - 1 / (v.mean() * (1 / v).mean()) if taps == 1 else varied / (1 + varied)
+    return float(varied) / (1 if held else len(v))
 
 
 def numbers(node: Node) -> np.ndarray | None:

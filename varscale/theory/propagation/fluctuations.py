@@ -33,6 +33,7 @@ import numpy as np
 from varscale.theory.domain.tables import ROUGH
 from varscale.theory.graph.convolutions import Conv, WindowSum, taps_of
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
+from varscale.theory.graph.known_arrays import is_known_array, scatter_of_given
 from varscale.theory.graph.linear_nodes import Contract, applied_weights
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
@@ -82,7 +83,9 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1, *, apart: bool = Fa
     if weights or all(r.node.shares for r in roots(node)):
         return NONE
     spread = fluctuations(node)
-    units = math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))
+    given = node.is_input and is_known_array(node)
+    varied = scatter_of_given(node, axes, taps) if given else fresh(node, tuple(axes)) / taps
+    units = math.sqrt(math.log1p(varied))
     source = ("apart", origin(node)) if apart else origin(node)
     return replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, {source: units})]))
 

@@ -40,7 +40,6 @@ from varscale.theory.graph.nodes import (
 )
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.sampler import in_order
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.registry import Context, rule
@@ -75,17 +74,8 @@ def second_moments_of_gather(node: Gather) -> Table:
 
 
 @cross_by_kind.register
-def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Axes) -> np.ndarray | None:
-    """Two lookups of tables with the same rows: any index of one meets any of the other; None where both are known."""
-    other, x, rows = b.node, node.argument, node.params.row_axes
-    if not isinstance(other, Gather) or (node.known is not None and other.known is not None):
-        return None
-    y, kept = other.argument, rest(x.axes, rows)
-    if (x.axes, rows) != (y.axes, other.params.row_axes):
-        return None
-    places, others = ([v.bind[v.node.args[0].bind[k]] for k in kept] for v in (a, b))
-    table = contract_axes(cross(x.whole, y.whole, x.axes), {k: x.axes[k].any_pair for k in rows})
-    return lift(table, [x.axes[k] for k in kept], places, frame, pairs=True) if places == others else None
+def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Axes) -> None:
+    return None  # which rows meet is up to the ids of both
 
 
 @pullback.register
