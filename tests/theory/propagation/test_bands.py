@@ -24,7 +24,7 @@ class Linear(nn.Module):
         return nn.Dense(1, kernel_init=normal)(nn.Dense(64, kernel_init=normal)(x))
 
 
-@pytest.mark.parametrize(("features", "least"), [(1, 0.9), (2, 0.95), (4, 0.97), (8, 0.97), (256, 0.98)])
+@pytest.mark.parametrize(("features", "least"), [(1, 0.97), (2, 0.97), (4, 0.97), (8, 0.97), (256, 0.98)])
 def test_few_features(features, least):
     """|A b|² is a product of χ² variables: samples have few directions, along which b is drawn once for all of them."""
     row = vs.predict(Linear(), jax.ShapeDtypeStruct((4096, features), jnp.float32), backward=False).output
@@ -32,8 +32,9 @@ def test_few_features(features, least):
     samples = rng.chisquare(64, 20000) / 64 * rng.chisquare(features, 20000) / features
     assert inside(row.band, samples) > least
     assert inside(row.band, samples) < 0.9999  # and not as wide as can be
-    if features > 1:
-        assert row.typical == pytest.approx(np.exp(np.log(samples).mean()), rel=0.1)
+    # The mean of 20000 logarithms is off by 2 % at most. A lognormal mean square would have .6, not .56, of two features.
+    assert row.typical == pytest.approx(np.exp(np.log(samples).mean()), rel=0.03 if features > 1 else 0.3)
+    assert features == 1 or row.error_bound < 0.021
 
 
 def test_given_features_of_one_direction():

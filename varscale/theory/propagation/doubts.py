@@ -217,7 +217,8 @@ def provenance(node: Node) -> tuple[str, float]:
     spread = fluctuations(node)
     if doubt > _NO_BOUND:
         doubt = math.inf
-    return how, float(_BASE + doubt + spread.bend + _SCATTER * spread.variance * (1 + spread.variance))
+    scatter = 0.0 if how == "exact" else _SCATTER * spread.variance * (1 + spread.variance)
+    return how, float(_BASE + doubt + spread.bend + scatter)
 
 
 def doubt_of(node: Node) -> float:

@@ -196,7 +196,8 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     shared /= max((draws.sizes.ratio([n]) for n in weights), default=1.0)
     inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
     if not draws.sizes.smaller:  # the draws themselves vary by no more than all of it
-        shared = max(shared, varied - inherited.variance)
+        # A gamma variable of relative variance r has a logarithm of variance r + r²/2 + ...
+        shared = max(shared, math.sqrt(1 + 2 * max(varied - inherited.variance, 0.0)) - 1)
     own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
     spread = dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
     if len(node.axes) > 1:  # places of one class differ in scale by more than sampling their units does
