@@ -122,8 +122,8 @@ def test_batch_norm_makes_gradients_explode_as_the_paper_says(size, within):
     c = -1 / (size - 1)
     relu = ((size - 1 + 1 - math.acos(c) / math.pi) / (1 - arc_cosine(c)) - 1) / (size - 3)
     for activation, rate in ((nn.relu, relu), (lambda x: x, (size - 2) / (size - 3))):
-        net = MLP(activation, 12, 512, 1.0, batch_norm=True)
-        rows = [row for row in predict(net, batch(size, 512)).rows if row.path.startswith("BatchNorm")]
+        net = MLP(activation, 12, WIDE, 1.0, batch_norm=True)
+        rows = [row for row in predict(net, batch(size, WIDE)).rows if row.path.startswith("BatchNorm")]
         assert rows[5].gradient / rows[6].gradient == pytest.approx(rate, rel=within)
         assert rows[6].sample_correlation == pytest.approx(c, rel=1e-2)
     assert relu == pytest.approx(math.pi / (math.pi - 1), rel=4 / size)

@@ -78,7 +78,7 @@ def scales_samples(views: Sequence[View], frame: Axes, curved: bool) -> bool:
 def scatter_of_given(node: Node, axes: Collection[int], taps: int = 1) -> float:
     """1 − 1/(E[v] E[1/v]) of mean squares v over some axes, between places of the others: a gamma v's relative variance.
 
-    Over all axes it is that of a mean over all samples. Over several taps v is lognormal, of a smooth array as varied as at one.
+    Over all axes it is that of a mean over all samples. At several taps v is lognormal, of a smooth array as varied as at one.
     """
     held = tuple(rest(node.axes, axes))
     v = np.square(_values(node)).mean(axis=tuple(axes if held else range(1, len(node.axes))))
