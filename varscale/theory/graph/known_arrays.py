@@ -80,14 +80,14 @@ def scatter_of_given(node: Node, axes: Collection[int], taps: int = 1) -> float:
 
     Over all axes it is that of a mean over all samples. At several taps v is lognormal, of a smooth array as varied as at one.
     """
-    held = tuple(rest(node.axes, axes))
+    held = rest(node.axes, axes)
     v = np.square(_values(node)).mean(axis=tuple(axes if held else range(1, len(node.axes))))
-    if held[:1] == (0,) and node.axes[0].classes > 1:  # of samples of one scale
+    if 0 in held and node.axes[0].classes > 1:  # of samples of one scale
         v = v / np.maximum(v.mean(axis=tuple(range(1, v.ndim)), keepdims=True), 1e-300)
     v = v[v > 0]
     varied = v.var() / v.mean() ** 2 / (1 if node.near == 1 else taps)
     varied = 1 - 1 / (v.mean() * (1 / v).mean()) if taps == 1 else varied / (1 + varied)
-    return float(varied) / (1 if held else len(v))
+    return varied / (1 if held else len(v))
 
 
 def numbers(node: Node) -> np.ndarray | None:

@@ -168,11 +168,11 @@ class Interpreter:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         frame, views, layout = align(xs)
         node = folded_node(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
-        curved = name not in _SCALING
-        scaled = name not in _LINEAR and scales_samples(roots_of(*views) if curved else views, frame, curved)
-        if (scaled or (name == "mul" and feeds_itself(*views))) and not self.ask(
-            "one scale of all features", whole=True
-        ):
+        curved = name not in _SCALING + _LINEAR
+        read = roots_of(*views) if curved else views
+        drawn = name not in _LINEAR and scales_samples(read, frame, curved)
+        drawn |= any(x.shares for x, _ in read if curved) or (name == "mul" and feeds_itself(*views))
+        if drawn and not self.ask("one scale of all features, or a function of softmax weights", whole=True):
             node.flagged, node.doubt = "assumed", UNKNOWN
         return Value(node, layout if node.axes else renumbered(layout, {}))
 

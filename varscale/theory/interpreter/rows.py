@@ -275,8 +275,8 @@ def of_one_draw(node: Node) -> OneDraw:
     # The largest part may be one of few squares, a gamma variable: more of it is below.
     if few > 2 * NEXT_ORDER:
         shape = max(1 / few, 0.5)
-        middle = float(special.digamma(shape)) - math.log(shape)
-        gamma = middle - math.log(float(special.gammaincinv(shape, _BELOW)) / shape)
+        middle = special.digamma(shape) - math.log(shape)
+        gamma = middle - math.log(special.gammaincinv(shape, _BELOW) / shape)
         typical *= math.exp(middle + few / 2)
         down = math.sqrt(reach**2 + max(gamma**2 - _BAND**2 * few, 0.0))
     return OneDraw(second, typical, (typical * math.exp(lean - down), typical * math.exp(lean + reach)))

@@ -16,7 +16,6 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, average, outer, pool, refine
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, ROUGH, full_types, means_by_type
-from varscale.theory.graph.convolutions import Conv, taps_of
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
@@ -366,18 +365,15 @@ def _not_alone(root: View, scale: View) -> float:
 def norm_in_doubt(root: View, scale: View) -> float:
     """The doubt of gradients behind a norm of a linear map of given numbers with places, by E[1/v] E[v] of its variance v.
 
-    Of a norm at each place, some places are louder than others: it is 1 + P for a lognormal v of relative variance P between
-    places, that of what a window reads, its taps alike. Of a norm over places, v = w'Σw of a unit has as few terms that count
-    as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite. Of functions at one
-    place it is what their units vary by, a part of which flows back along with them.
+    Of a norm at each place it is 1 + P for a lognormal v of relative variance P between places. Of a norm over places, v = w'Σw
+    of a unit has as few terms that count as Σ, the covariance of what windows read: one or two for a smooth picture, where
+    E[1/v] is not finite. Of functions at one place it is what their units vary by, a part of which flows back along with them.
     """
     node = uncentred(root).node
-    if in_order(node) and 0 in scale.bind:
-        return min(kernel(node).point, UNKNOWN)
-    if not any(x.is_input and x.near == 1 for x in node.sources):
-        units = (c for x, c in kernel(node).places.items() if isinstance(x, Node) and not x.is_input)
-        return sum(math.expm1(c * c) for c in units) if scale.bind == root.bind[:-1] else 0.0
-    if len(scale.bind) < 2:
+    given = any(x.is_input and x.near == 1 for x in node.sources)
+    if given and len(scale.bind) < 2:
         return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
-    taps = taps_of(node) if isinstance(node, Conv) else 1
-    return min(kernel(node).point * taps, UNKNOWN)
+    if given or (in_order(node) and 0 in scale.bind):
+        return min(kernel(node).point, UNKNOWN)
+    units = (c for x, c in kernel(node).places.items() if isinstance(x, Node) and not x.is_input)
+    return sum(math.expm1(c * c) for c in units) if scale.bind == root.bind[:-1] else 0.0

@@ -16,11 +16,11 @@ import numpy as np
 from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, join, rest
 from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
 from varscale.theory.domain.tables import full_along, full_types, lift, means_by_type, over_frame, regrouped
-from varscale.theory.graph.convolutions import ONE, WindowSum
+from varscale.theory.graph.convolutions import ONE, WindowMax, WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
 from varscale.theory.graph.layout import split
-from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Merge, Permute, Split, Take
+from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Gather, Merge, Permute, Split, Take
 from varscale.theory.graph.nodes import Constant, Graph, Node, View, cross_by_kind
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.store import Marked, once_per_node
@@ -361,3 +361,8 @@ def cross_by_kind_of_axis_mapped(node: AxisMapped, a: View, b: View, frame: Axes
     axis, found = frame[place], cross(View(node.argument, a.bind), b, frame)
     counts = pair_counts(dataclasses.replace(own, out=axis, inner=axis), identity_map(axis))
     return apply_axis(full_along(found, place, axis), place, counts)
+
+
+@cross_by_kind.register
+def cross_by_kind_of_a_choice(node: Gather | WindowMax, a: View, b: View, frame: Axes) -> None:
+    return None  # which entries are read is up to the ids, or to what is there

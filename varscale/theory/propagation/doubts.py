@@ -217,8 +217,8 @@ def provenance(node: Node) -> tuple[str, float]:
     spread = fluctuations(node)
     if doubt > _NO_BOUND:
         doubt = math.inf
-    scatter = 0.0 if how == "exact" else _SCATTER * spread.variance * (1 + spread.variance)
-    return how, float(_BASE + doubt + spread.bend + scatter)
+    variance = spread.variance * (how != "exact")
+    return how, float(_BASE + doubt + spread.bend + _SCATTER * variance * (1 + variance))
 
 
 def doubt_of(node: Node) -> float:

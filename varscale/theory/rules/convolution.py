@@ -152,15 +152,12 @@ def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: Backwa
     return [node.carried(cotangent, node.maps(cotangent_counts), back=True)]
 
 
-@cross_by_kind.register(WindowMax)
 @cross_by_kind.register
 def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Places of another array over the same grid, against the places that a window reads."""
     x, (windows, xd, od) = node.argument, node.params
-    if isinstance(node, WindowMax) or [a.size for a in dim_axes(x, xd)] != [
-        a.size for a in dim_axes(node, od)
-    ]:
-        return None  # which places a maximum reads is random; a stride leaves some out, a border makes some
+    if [axis.size for axis in dim_axes(x, xd)] != [axis.size for axis in dim_axes(node, od)]:
+        return None  # a stride leaves places out, a border makes some
     at = {k: a.bind[o] for k, o in zip(xd, od, strict=True) if k is not None and o is not None}
     out = cross(x.whole.within(at), b, frame)
     for window, k in zip(windows, xd, strict=True):

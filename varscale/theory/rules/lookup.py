@@ -27,17 +27,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import INDICES, Concat, Gather, GatherParams, mapped
-from varscale.theory.graph.nodes import (
-    UNKNOWN,
-    Array,
-    Graph,
-    Leaf,
-    Node,
-    View,
-    cross_by_kind,
-    pullback,
-    second_moments,
-)
+from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.sampler import in_order
@@ -71,11 +61,6 @@ def second_moments_of_gather(node: Gather) -> Table:
     second = np.broadcast_to(rate * same + (1 - rate) * other, node.frame_types)
     mean = np.broadcast_to(lift(mean, own, at, node.axes, pairs=False), [a.classes for a in node.axes])
     return Table(node.axes, np.array(mean), np.array(second))
-
-
-@cross_by_kind.register
-def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Axes) -> None:
-    return None  # which rows meet is up to the ids of both
 
 
 @pullback.register
