@@ -116,6 +116,18 @@ def test_what_has_no_formula_is_drawn_by_a_program_of_its_own():
     check(model)
 
 
+def test_leaves_that_xla_may_round_otherwise_are_named():
+    """Logarithms are sums of products, of which a loop contracts one or the other; normal numbers are the same in every one."""
+    model = Leaves((law(jax.random.gumbel), theirs.he_normal()), shapes=((31, 33),))
+
+    def named(exact):
+        _, account = vs.initialize(model, KEY, exact=exact, account=True)
+        return [path for path, entry in account.entries.items() if any("last place" in note for note in entry.notes)]
+
+    assert named(False) == ["params/law0_0"]
+    assert named(True) == []
+
+
 def test_calls_draw_into_the_memory_of_earlier_ones():
     if not tiles.serves():
         pytest.skip("tiles are for the CPU, and for counters of one number each")

@@ -33,7 +33,7 @@ def initialize(
     XLA's CPU compiler rounds exponentials, logarithms, sums of products and narrow arrays (a last axis of 2 to 8) by the loop
     that it makes of them. Such leaves are compiled for their own shape, and whole on every device; the last places may differ
     where the init's loop is not that of the leaf alone (measured: a transposed draw of an nnx model, a law in float16 inside a
-    loop). `exact=True` takes these from the whole init too.
+    loop): the account names these too, and `exact=True` takes them from the whole init.
     Under a mesh with explicit axes the bits are those that the jitted init has there, which may differ in the last place.
 
     Args:

@@ -324,6 +324,8 @@ class _Planner:
             # The loop over a part rounds otherwise. On explicit axes the part is what the jitted init computes too.
             splits = isinstance(place, NamedSharding) and AxisType.Explicit not in place.mesh.axis_types
             drawing = Drawing(found, (rounded,), (None if found.uneven and splits else place,), self.settings)
+            if found.kind == "elementwise" and found.uneven and found.needs_own_hash:
+                notes = (*notes, "the last place may be another than in the whole init")
             self.add(Task(program=drawing), leaf, "declared", law, found.kind, notes)
 
     def chain(self, leaves: Sequence[int]) -> Chain:
