@@ -11,31 +11,11 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axes, Axis, rest
 from varscale.theory.domain.tables import NEXT_ORDER
-from varscale.theory.graph.expressions import (
-    IDENTITIES,
-    Apply,
-    Mean,
-    Sum,
-    alike,
-    factors,
-    roots_of,
-    scale_and_shift,
-)
+from varscale.theory.graph.expressions import Apply, Mean, Sum, alike, factors, roots_of, scale_and_shift
 from varscale.theory.graph.linear_nodes import Split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.primitives import BITWISE, COMPARISONS, function
-
-
-@once_per_node
-def forward(node: Node) -> Node:
-    """An elementwise tree as it computes, whatever it does to gradients."""
-    if not isinstance(node, Apply):
-        return node
-    args = [View(forward(child), bind) for child, bind in node.args]
-    if node.primitive in IDENTITIES:
-        return _scaled(args[0], node.axes)
-    return node.graph.make(Apply, node.axes, args, node.params) if args != list(node.args) else node
 
 
 def _unrounded(c: float) -> float:

@@ -61,7 +61,8 @@ def _guard(f: Callable[..., Any]) -> Callable[..., Any]:
     return finite
 
 
-_NUMPY = "add abs sign floor ceil round sin cos tan tanh atan atan2 asinh cbrt nextafter"  # the same in NumPy
+# The same in NumPy.
+_NUMPY = "add abs sign floor ceil round sin cos tan tanh atan atan2 asinh cbrt hypot nextafter"
 _OVERFLOWING = "asin acos acosh atanh sinh cosh pow"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(np, name) for name in _NUMPY.split()},
@@ -105,7 +106,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bitcast": _bitcast,
 }
 
-_NOT_NEGATIVE = "abs exp exp2 logistic power sqrt rsqrt and or not is_finite"
+_NOT_NEGATIVE = "abs hypot exp exp2 logistic power sqrt rsqrt and or not is_finite"
 POSITIVE = {*_NOT_NEGATIVE.split(), *COMPARISONS}
 # Of central differences: a share of the argument, and the least argument it is a share of. A difference of
 # differences divides their rounding, 1e-8 near 0, by its own step, which is therefore wider.

@@ -32,7 +32,7 @@ from varscale.theory.graph.nodes import (
 from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, read_off, sphere_squares
-from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
+from varscale.theory.integrals.primitives import FUNCTIONS
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.marginals import along, concentrated, evaluate, marginal
 from varscale.theory.propagation.pullbacks import selected
@@ -92,8 +92,6 @@ def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
 _ELEMENTWISE = {"neg", "sub", "add", "add_any", "stop_gradient"}
 # What is no function of numbers and yet makes a part of the result of both of a complex number.
 _MIXING = {"dot_general", "conv_general_dilated", "reduce_prod", "cumprod"}
-FUNCTIONS["hypot"] = np.hypot
-POSITIVE.add("hypot")
 
 
 @rule("complex operands")
