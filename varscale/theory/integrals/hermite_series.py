@@ -14,7 +14,7 @@ from numpy.polynomial.hermite_e import hermevander
 from scipy import special
 
 from varscale.theory.domain.axes import Axes
-from varscale.theory.domain.tables import by_type
+from varscale.theory.domain.tables import by_type, means_by_type
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to
 # h²/12 at a corner. A jump inside a cell costs up to h φ/2 of its height, .004 at most (where it
@@ -165,4 +165,4 @@ def mehler(fi: np.ndarray, gj: np.ndarray, frame: Axes) -> Series:
     # One matrix product for every class of f with every class of g.
     weighted = fi.reshape(-1, POINTS) * WEIGHTS
     both, opposite = (on_one_thread(weighted, g.reshape(-1, POINTS).T)[i, j] for g in (gj, gj[..., ::-1]))
-    return Series(both, opposite, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
+    return Series(both, opposite, means_by_type(ai, frame, bj))

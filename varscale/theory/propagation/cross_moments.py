@@ -328,9 +328,10 @@ def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.nda
         source = x.argument if gone[0] in bind else x
         views.append(View(source, tuple(place[p] for p in bind if p in place)))
     wide = (*(frame[p] for p in kept), _axis_at(len(kept), views))
-    factors = split_axis(wide[-1], node.params[1])
-    table = np.take(full_types(cross(views[0], views[1], wide), wide), factors.types, axis=-1)
-    return lift(table, (*wide[:-1], *factors.axes), (*kept, *gone), frame, pairs=True)
+    places, table = (*kept, *gone), full_types(cross(views[0], views[1], wide), wide)
+    out = [frame[p] for p in places]
+    table = regrouped(table, wide, out, len(kept), node.params[1], pairs=True)
+    return over_frame(table, places, len(frame))
 
 
 def _factor_places(view: View) -> tuple[int, ...]:

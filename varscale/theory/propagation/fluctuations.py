@@ -105,7 +105,7 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
 def fluctuations(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
     base, scatter = inherited(node), channel_scatter(node)
-    chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
+    chance = fresh(node) if scatter is None else scatter
     own = math.sqrt(max(chance, 0.0))
     return replace(base, sources=weighted([(1.0, base.sources), (1.0, {origin(node): own})]))
 

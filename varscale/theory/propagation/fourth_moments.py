@@ -135,9 +135,9 @@ def origin(node: Node) -> Node:
 
 
 @once_per_node
-def fresh(node: Node, axes: Collection[int]) -> float:
-    """Relative variance of the mean of x² over `axes`, the other axes held, from sampling alone."""
-    over = set(axes)
+def fresh(node: Node, axes: Collection[int] | None = None) -> float:
+    """Relative variance of the mean of x² over `axes` (None: all), the other axes held, from sampling alone."""
+    over = set(node.whole.bind if axes is None else axes)
     if isinstance(node, Computed):
         return scatter_of_given(node, over)
     if isinstance(node, Rearranged):
@@ -212,7 +212,7 @@ def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, .
     """
     rho = root.over(marginal(root.node).correlation, frame, pairs=True)
     ai, aj = (by_type(a, frame, second=second) for second in (False, True))
-    alike = np.sqrt(by_type(whole, frame, second=False) * by_type(whole, frame, second=True))
+    alike = np.sqrt(means_by_type(whole, frame))
     out = power_series(ai * aj, rho)
     v = root.over(_correlation_scatter(root.node), frame, pairs=True)
     if np.any(v > NEGLIGIBLE):

@@ -198,7 +198,7 @@ def inherited(node: Node) -> Spread:
     # Random scales have a mean square that varies by that of n drawn numbers.
     for f in factors(node.whole)[1]:
         if len(alone := roots_of(f)) == 1 and alone[0].node.is_drawn:
-            scales[~alone[0].node.id] = math.sqrt(fresh(f.node, range(len(f.node.axes))))
+            scales[~alone[0].node.id] = math.sqrt(fresh(f.node))
     return Spread(
         weighted([(x.slope, kernel(root).sources) for root, x in told.items()]) | scales,
         shift=growth - 1 + shape,

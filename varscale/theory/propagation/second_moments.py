@@ -25,7 +25,7 @@ from varscale.theory.graph.expressions import (
 )
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, second_moments
 from varscale.theory.graph.store import Fact
-from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, sobol
+from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, read_off, sobol
 from varscale.theory.propagation.cross_moments import cross_covariance, dependent, pair
 from varscale.theory.propagation.doubts import mark_average, mark_depthwise, mark_roots, mark_undefined
 from varscale.theory.propagation.marginals import (
@@ -175,11 +175,9 @@ def _in_closed_form(xs: Sequence[View], root: View, frame: Axes) -> tuple[np.nda
 
 def _root_values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
     """A root's values at normal scores; between the numbers of a known array there are none."""
-    if marginal(node).gaussian:
-        return line[0] + (latents - Z[0]) * ((line[-1] - line[0]) / (Z[-1] - Z[0]))
     if isinstance(node, Array):
         return line[np.clip(np.round((latents - Z[0]) / (Z[1] - Z[0])).astype(int), 0, len(Z) - 1)]
-    return np.interp(latents, Z, line)
+    return read_off(line, latents)
 
 
 def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarray, np.ndarray]:

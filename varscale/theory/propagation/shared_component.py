@@ -30,7 +30,7 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import once_per_node
-from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.integrals.hermite_series import POINTS, read_off
 from varscale.theory.propagation.fourth_moments import fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP, Spread, combine, inherited, shared
 from varscale.theory.propagation.marginals import concentrated, evaluate
@@ -173,7 +173,7 @@ def common_part(node: Node, places: Places) -> Shared:
     root, own_places = _root(node, places)
     below = _read_by(root, own_places)
     if below is None or (channels := _channels(root, own_places, *below)) is None:
-        return Shared(inherited(node), {origin(node): math.sqrt(fresh(node, range(len(node.axes))))})
+        return Shared(inherited(node), {origin(node): math.sqrt(fresh(node))})
     read, averaged = common_part(*below), _averaged(root) is not None
     made, (jacobian, hessian) = _made(node, root, channels), _derivatives(node, root, channels)
     levels = inherited(root), combine([(1.0, read.inherited), (1.0 - averaged, Spread(read.sources))])
@@ -235,7 +235,7 @@ def _of_few(root: Conv, read: Channels, units: int) -> Channels:
     rng, (common, own) = np.random.default_rng(1), np.zeros((2, _OF_FEW, read.mean.shape[1]))
     for _ in range(group):
         weights = rng.standard_normal((_OF_FEW, taps))
-        weights = weights if law is None else np.interp(weights, Z, law.reshape(-1, len(Z))[0])
+        weights = weights if law is None else read_off(law.reshape(-1, POINTS)[0], weights)
         at = rng.permutation(_OF_FEW) % len(read.mean)
         common += weights.sum(axis=1, keepdims=True) * read.mean[at]
         own += np.sum(weights**2, axis=1, keepdims=True) * read.own[at]

@@ -12,7 +12,7 @@ from varscale.theory.domain.axes import equal
 from varscale.theory.domain.tables import Axes, Table, full_types
 from varscale.theory.graph.expressions import Apply, Sum, connected, roots_of
 from varscale.theory.graph.nodes import View
-from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, on_grid, sobol
+from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, on_grid, read_off, sobol
 from varscale.theory.propagation.cross_moments import cross_covariance, dependent
 from varscale.theory.propagation.marginals import (
     along,
@@ -101,7 +101,7 @@ def _points(
             rho[i, j] = rho[j, i] = full_types(latent_cross(b, a, axes), axes)[cell]
     points, wide = sobol(k), 1 + 2 / k  # by √(1 + 2/k): further into the tails at the cost of 1 − e^{−2/k}
     at = points * math.sqrt(wide) @ factored(rho, latents[0].node.graph).T
-    values = np.stack([np.interp(z, Z, line) for z, line in zip(at.T, lines, strict=True)])
+    values = np.stack([read_off(line, z) for z, line in zip(at.T, lines, strict=True)])
     return values, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
 
 
