@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 
 import numpy as np
 from jaxtyping import Int
@@ -278,16 +278,12 @@ def _thinned(drawn: np.ndarray, axes: Axes, positions: Positions) -> tuple[np.nd
     return np.asarray(drawn, float), [reduced(a, p) for a, p in zip(axes, there, strict=True)]
 
 
-def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarray]) -> Table:
-    """The table of a node that was drawn, (replicates, positions...); it is flagged with the error of so many draws.
+def table_of_draws(numbers: np.ndarray, axes: Axes, positions: Positions) -> Table:
+    """The table of what was drawn, (replicates, positions...).
 
     A mean that may be zero by its standard error is: a loop changes sign with its weights unless something breaks that.
     """
-    table, within = pooled(numbers, node.axes, positions), tuple(range(1, numbers.ndim))
-    squares = np.mean(numbers.astype(float) ** 2, axis=within)
-    error = float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares))
-    node.graph.flag("sampled", SCORES * error)
-    means = numbers.mean(axis=within)
+    table, means = pooled(numbers, axes, positions), numbers.mean(axis=tuple(range(1, numbers.ndim)))
     if abs(means.mean()) < SCORES * means.std() / math.sqrt(len(means)):
         return Table(table.axes, np.zeros_like(table.mean), table.second)
     return table

@@ -91,7 +91,8 @@ def sampled_from_region(node: RegionOutput, drawing: Drawing, positions: Positio
 
 @second_moments.register
 def second_moments_of_region(node: RegionOutput) -> Table:
-    table = table_of_draws(node, node.numbers, node.positions)
+    table = table_of_draws(node.numbers, node.axes, node.positions)
+    node.graph.flag("sampled", relative_error(node.numbers))
     # Draws may be none of what it is defined on (a factorization, say).
     if doubt := UNKNOWN if any(np.isnan(x).any() for x in node.draws.raw) else node.draws.drawing.doubt:
         node.graph.flag("assumed", doubt)
@@ -198,7 +199,7 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     if not draws.sizes.smaller:  # the draws themselves vary by no more than all of it
         # A gamma variable of relative variance r has a logarithm of variance r + r²/2 + ...
         shared = max(shared, math.sqrt(1 + 2 * max(varied - inherited.variance, 0.0)) - 1)
-    own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
+    own = math.sqrt(max(shared - fresh(node), 0.0))
     spread = dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
     if len(node.axes) > 1:  # places of one class differ in scale by more than sampling their units does
         logs = pooled(np.log(np.maximum(numbers.mean(axis=-1), 1e-150)), node.axes[:-1], node.positions[:-1])
