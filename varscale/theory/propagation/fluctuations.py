@@ -25,7 +25,7 @@ q = E[h²], F = E[f²] and D = E[f'²],
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +34,7 @@ from varscale.theory.domain.tables import ROUGH
 from varscale.theory.graph.convolutions import Conv, WindowSum, taps_of
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, scatter_of_given
-from varscale.theory.graph.linear_nodes import Contract, applied_weights
+from varscale.theory.graph.linear_nodes import Concat, Contract, applied_weights
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
@@ -46,6 +46,7 @@ from varscale.theory.propagation.inherited_fluctuations import (
     inherited,
     kernel,
     propagated,
+    responses,
     root_responses,
     shared,
     weighted,
@@ -104,10 +105,24 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
 @once_per_node
 def fluctuations(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
-    base, scatter = inherited(node), channel_scatter(node)
+    base = inherited(node)
+    return replace(base, sources=weighted([(1.0, base.sources), (1.0, _sampled(node))]))
+
+
+@once_per_node
+def _sampled(node: Node) -> dict[Hashable, float]:
+    """What sampling finitely many units adds: what goes by terms, parts or roots is theirs, as branches read them, too."""
+    key, scatter = origin(node), channel_scatter(node)
+    if is_known_array(node):
+        return {}
+    parts: list[tuple[float, Node]] = []
+    if isinstance(node, Sum | Concat):
+        parts = [(float(s), v.node) for s, v in zip(term_shares(node), node.args, strict=True)]
+    elif isinstance(node, Apply):
+        parts = [(slope, root) for root, (slope, _) in responses(node).items()]
+    own = weighted([(s, _sampled(x)) for s, x in parts if key is node])
     chance = fresh(node) if scatter is None else scatter
-    own = math.sqrt(max(chance, 0.0))
-    return replace(base, sources=weighted([(1.0, base.sources), (1.0, {origin(node): own})]))
+    return own | {key: math.sqrt(max(chance - math.hypot(*own.values()) ** 2, 0.0))}
 
 
 @propagated.register
