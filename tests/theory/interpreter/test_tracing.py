@@ -10,12 +10,9 @@ import varscale as vs
 from varscale.programs import faces
 from varscale.theory import predict
 from varscale.theory.graph.expressions import form
-from varscale.theory.graph.nodes import View
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import first_alike, output_recipes
 from varscale.theory.interpreter.predict import first_pass
-from varscale.theory.propagation.marginals import integral_key
-from varscale.theory.propagation.second_moments import INTEGRATED
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.float32)
 KERNEL = nn.initializers.normal(1 / 8)  # width 64: keeps the scale
@@ -142,27 +139,6 @@ def test_what_flax_captured_inside_a_vmap_is_left_out():
 
     # The row is that of the mark in the jaxpr, which knows the mapped axis; the captured array has left its transformation.
     assert predict(Mapped(), X)[".one"].shape == (8, 16)
-
-
-def _activations(*scales):
-    """tanh of a Gaussian leaf of each scale."""
-    interpreter = Interpreter()
-    leaves = [interpreter.leaf(("input", i), (8, 64), 0.0, scale**2, odd=True) for i, scale in enumerate(scales)]
-    return [interpreter.elementwise("tanh", x).node for x in leaves]
-
-
-def _likeness(node):
-    return integral_key(View(node, tuple(range(len(node.axes)))))
-
-
-def test_functions_of_like_roots_are_integrated_once():
-    a, b, c = _activations(1.0, 1.0 + 1e-8, 1.01)
-    assert form(a) == form(b) == form(c)
-    assert _likeness(a) == _likeness(b) != _likeness(c)
-    _ = a.table, b.table, c.table
-    assert len(INTEGRATED.of(a.graph)) == 2
-    np.testing.assert_allclose(b.table.second, a.table.second, rtol=1e-6)
-    assert c.table.mean_square > a.table.mean_square * 1.001
 
 
 def test_the_form_tells_one_root_from_two():

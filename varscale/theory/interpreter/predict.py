@@ -252,7 +252,6 @@ def _predicted(
 
     def report(found: list[Made]) -> Report:
         laws = zip((path for path, _ in named), walked.values, strict=True)
-        # Gradients first: of integrals that are alike the first one asked for stands for all.
         gradients = {} if taps is None else gradients_of(interpreter, found, taps)
         return with_gradients(summarize(interpreter, program, found, weights(laws, uses)), gradients)
 

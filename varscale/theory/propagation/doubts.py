@@ -10,7 +10,7 @@ they are taken (averages and terms of the others, one weight twice, depthwise co
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat, Merge, weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
-from varscale.theory.graph.store import HOWS, Fact, once_per_node
+from varscale.theory.graph.store import HOWS, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, on_grid
 from varscale.theory.integrals.primitives import function
 from varscale.theory.propagation.cross_moments import dependent, mean_of_product, unsure
@@ -33,7 +33,6 @@ from varscale.theory.propagation.marginals import (
     concentrated,
     evaluate,
     fluctuating,
-    integral_key,
     marginal,
     over_classes,
 )
@@ -59,13 +58,9 @@ OUTSIDE: dict[str, Callable[..., Any]] = {
 }
 
 
-# Functions of Gaussian roots, by form, that have values and mean squares.
-_SOUND: Fact[Hashable, bool] = Fact()
-
-
 def mark_undefined(node: Apply) -> None:
     """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
-    sound, both = _SOUND.of(node.graph), _within_domain("mul", ())
+    both = _within_domain("mul", ())
     by_root: dict[View | None, list[View]] = {}  # factors by the one root of theirs that fluctuates
     for factor in factors(node.whole)[1]:
         own = roots_of(factor)
@@ -73,9 +68,6 @@ def mark_undefined(node: Apply) -> None:
         if len(live) <= 1 and not any(isinstance(r.node, Array) or r.node.is_bits for r in own):
             by_root.setdefault(live[0] if live else None, []).append(factor)
     for root, own in by_root.items():
-        mark = tuple(map(integral_key, own)), node.axes
-        if mark in sound:
-            continue
         env = at_means((r for r in roots_of(*own) if r != root), node.axes)
         read = (evaluate(factor, node.axes, env, _within_domain) for factor in own)
         values = functools.reduce(both, read, np.ones(1))
@@ -83,8 +75,6 @@ def mark_undefined(node: Apply) -> None:
         lost = np.max(on_grid(outside) @ WEIGHTS) > _NEGLIGIBLE
         if doubt := UNBOUNDED if lost else _unresolved(np.where(outside, 0.0, values), node.axes):
             node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
-        elif None not in mark[0]:
-            sound[mark] = True
 
 
 def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:

@@ -14,7 +14,7 @@ How far the mean of finitely many squares is from its expectation follows from E
 
 import functools
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from scipy import special
@@ -34,7 +34,7 @@ from varscale.theory.graph.linear_nodes import (
     unmoved,
 )
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
-from varscale.theory.graph.store import Fact, once_per_node
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -46,7 +46,6 @@ from varscale.theory.propagation.marginals import (
     fluctuating,
     grid,
     independent_factors,
-    integral_key,
     marginal,
     over_classes,
     term_shares,
@@ -269,9 +268,6 @@ def _patch_scatter(node: Conv) -> np.ndarray:
     return marginal(node).correlation ** 2 * (shared - 1) + excess * _of_one_unit(node, tokens)
 
 
-_SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = Fact()  # `_square_coefficients`, by form
-
-
 def _square_coefficients(
     f: View, frame: Axes, fixed: Environment, bits: Sequence[View]
 ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -284,16 +280,11 @@ def _square_coefficients(
         m, s = own.mean, own.deviation
         a = f.over(np.stack([m * m + s * s, 2 * m * s, math.sqrt(2) * s * s], axis=-1), frame, pairs=False)
         return a, np.sum(a * a, axis=-1)
-
-    def integrated() -> tuple[np.ndarray, np.ndarray] | None:
-        lines = {b: over_classes(grid(b, frame), frame) for b in bits}
-        points = special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,)
-        flat = (1,) * (len(frame) + 1)
-        drawn = ({b: np.full(flat, np.interp(z, Z, line)) for b, line in lines.items()} for z in points)
-        squares = np.stack([np.asarray(evaluate(f, frame, fixed | at), float) ** 2 for at in drawn])
-        if squares.shape[-1] == 1:
-            return None
-        return squares.mean(axis=0) @ HERMITE, (squares**2).mean(axis=0) @ WEIGHTS
-
-    mark = None if fixed or bits else integral_key(f)
-    return integrated() if mark is None else _SQUARED.once(f.node.graph, (mark, tuple(frame)), integrated)
+    lines = {b: over_classes(grid(b, frame), frame) for b in bits}
+    points = special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,)
+    flat = (1,) * (len(frame) + 1)
+    drawn = ({b: np.full(flat, np.interp(z, Z, line)) for b, line in lines.items()} for z in points)
+    squares = np.stack([np.asarray(evaluate(f, frame, fixed | at), float) ** 2 for at in drawn])
+    if squares.shape[-1] == 1:
+        return None
+    return squares.mean(axis=0) @ HERMITE, (squares**2).mean(axis=0) @ WEIGHTS

@@ -14,7 +14,7 @@ from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import Leaf, Node, View
-from varscale.theory.graph.store import Fact, once_per_node
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Scale, response
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
@@ -24,7 +24,6 @@ from varscale.theory.propagation.marginals import (
     evaluate,
     grid,
     independent_factors,
-    integral_key,
     largest_term,
     over_classes,
     term_shares,
@@ -73,20 +72,14 @@ def _varied_square(
     own = roots_of(factor)
     main = next(r for r in group if r in own)
     powers = {r: 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own if r in group}
-
-    def varied() -> list[float]:
-        table, at, out = main.node.table, at_means(own, frame), list[float]()
-        if table.variance >= NEGLIGIBLE * table.total_mean**2:
-            at[main] = grid(main, frame)
-        for ratio in ratios:
-            scaled = {r: x * ratio ** powers.get(r, 0.0) for r, x in at.items()}
-            line = over_classes(np.square(evaluate(factor, frame, scaled), dtype=float), frame)
-            out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
-        return out
-
-    mark = integral_key(factor)
-    key = (mark, tuple(frame), own.index(main), tuple(powers.get(r) for r in own), ratios)
-    return varied() if mark is None else _VARIED.once(main.node.graph, key, varied)
+    table, at, out = main.node.table, at_means(own, frame), list[float]()
+    if table.variance >= NEGLIGIBLE * table.total_mean**2:
+        at[main] = grid(main, frame)
+    for ratio in ratios:
+        scaled = {r: x * ratio ** powers.get(r, 0.0) for r, x in at.items()}
+        line = over_classes(np.square(evaluate(factor, frame, scaled), dtype=float), frame)
+        out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
+    return out
 
 
 def _power(scale: Node, main: Node) -> float:
@@ -94,9 +87,6 @@ def _power(scale: Node, main: Node) -> float:
     terms = scale.sources if scale.is_variance else [scale]
     inner = next((term.argument for term in terms if term.averages), None)  # of a variance, the squares
     return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
-
-
-_VARIED: Fact[Hashable, list[float]] = Fact()  # mean squares at several scales of a root, by form
 
 
 _FORGOTTEN = 1e-5  # a ratio below which fluctuations are not propagated: a norm's, but for its epsilon

@@ -8,7 +8,7 @@ roots theirs, is an assumption: the Gaussian copula, as Nataf (1962) takes it. N
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, reduce, singledispatch
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import contract_axis, equal
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Axes, Table, by_type, means_by_type
-from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
+from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat, Rearranged
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
@@ -55,12 +55,6 @@ class Marginal:
         rho = np.array(_behind(covariance, means_by_type(scale, axes), (values, values), axes))
         rho[equal(axes)] = 1.0
         return rho
-
-    @cached_property
-    def rounded(self) -> bytes:
-        """Mean and deviation to one part in 2¹⁸."""
-        fractions, exponents = np.frexp([self.mean, self.deviation])
-        return np.ldexp(np.rint(fractions * 2**18) + 0.0, exponents).tobytes()
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -183,14 +177,6 @@ def over_classes(line: np.ndarray, axes: Axes) -> np.ndarray:
     for axis in axes:
         line = contract_axis(line, 0, axis.counts / axis.size) if line.shape[0] > 1 else line[0]
     return line
-
-
-def integral_key(view: View) -> Hashable | None:
-    """Equal for one function of Gaussian roots whose marginals agree, which is integrated once; None where they are not."""
-    own = [marginal(root.node) for root in roots(view.node)]
-    if not all(m.gaussian for m in own):
-        return None
-    return form(view.node), view.bind, tuple(m.rounded for m in own)
 
 
 def term_shares(node: Sum | Concat) -> np.ndarray:

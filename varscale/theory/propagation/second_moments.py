@@ -24,8 +24,7 @@ from varscale.theory.graph.expressions import (
     swapped,
 )
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, second_moments
-from varscale.theory.graph.store import Fact
-from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, read_off, sobol
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z, mehler, on_grid, read_off, sobol
 from varscale.theory.propagation.cross_moments import cross_covariance, dependent, pair
 from varscale.theory.propagation.doubts import mark_average, mark_depthwise, mark_roots, mark_undefined
 from varscale.theory.propagation.marginals import (
@@ -37,7 +36,6 @@ from varscale.theory.propagation.marginals import (
     followed,
     grid,
     in_class,
-    integral_key,
     latent_cross,
     marginal,
     scatter,
@@ -46,7 +44,6 @@ from varscale.theory.propagation.token_gram import gained_in_common
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 _MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn
-INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form
 _Follower = tuple[View, np.ndarray]  # what known numbers go with, and they on the normal grid of that
 
 
@@ -133,12 +130,6 @@ def _multiplied(groups: Sequence[_Group], fixed: Environment, frame: Axes) -> tu
 def _of_group(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """The same of one group: in closed form, as a series where f and g have one root each, else by a cubature."""
     env = fixed | {view: values for view, (_, values) in group.followers.items()}
-
-    def integrated() -> tuple[np.ndarray, Series]:
-        fi = on_grid(_product(group.f, frame, env))
-        gj = fi if group.f == group.g else on_grid(_product(group.g, frame, env))
-        return fi @ WEIGHTS, mehler(fi, gj, frame)
-
     if not group.variables:
         fi, gj = (_product(xs, frame, env)[..., 0] for xs in (group.f, group.g))
         return fi, means_by_type(fi, frame, gj)
@@ -151,14 +142,13 @@ def _of_group(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarra
     same = group.f == group.g
     if same and (moments := _in_closed_form(group.f, first, frame)) is not None:
         return moments
-    marks = [integral_key(x) if same and roots_of(x) == [first] else None for x in group.f] or [None]
-    key = (tuple(marks), tuple(frame))
-    mean, series = integrated() if None in marks else INTEGRATED.once(first.node.graph, key, integrated)
+    fi = on_grid(_product(group.f, frame, env))
+    series = mehler(fi, fi if same else on_grid(_product(group.g, frame, env)), frame)
     rho = latent_cross(first, last, frame)
     second = series.at(rho)
     if first == last and (variance := scatter(first.node)) is not None:  # of ρ, given the weights
         second = second + series.curvature(rho) * first.over(variance, frame, pairs=True) / 2
-    return mean, second
+    return fi @ WEIGHTS, second
 
 
 def _in_closed_form(xs: Sequence[View], root: View, frame: Axes) -> tuple[np.ndarray, np.ndarray] | None:
