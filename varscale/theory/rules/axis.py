@@ -1,7 +1,6 @@
 """Entries that keep their values and change places: slices, joins, reversals, broadcasts, reshapes; and cumulative sums."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from functools import cache, reduce
 from typing import Any
@@ -63,7 +62,7 @@ def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
 
 def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value:
     """x[start:stop:step] along dimension d."""
-    dim, (n, *after), before = x.dims[d], x.shape[d:], x.shape[:d]
+    (n, *after), before = x.shape[d:], x.shape[:d]
     size = len(range(n)[start:stop:step])
     if size == n and (step == 1 or n == 1):
         return x
@@ -72,10 +71,6 @@ def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value
     if step > 1 and n % step == 0 and start < step and size == n // step:
         cut = layout.reshape(x, (*before, n // step, step, *after))  # one index of a factor of the axis
         return layout.reshape(take(cut, d + 1, start, start + 1), (*before, size, *after))
-    inner = math.prod(a.size for a in dim[1:])
-    if len(dim) > 1 and step == 1 and stop is not None and start % inner == stop % inner == 0:
-        cut = layout.reshape(x, (*before, n // inner, inner, *after))  # a slice of the leading factor
-        return layout.reshape(take(cut, d, start // inner, stop // inner), (*before, size, *after))
     x = layout.merged(x, d)
     k, node = x.dims[d][0].axis, x.node
     place = {j: j - (size == 1 and k is not None and j > k) for j in range(len(node.axes))}
