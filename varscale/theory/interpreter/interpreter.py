@@ -39,7 +39,7 @@ from varscale.theory.interpreter.rows import Place
 from varscale.theory.propagation import pullbacks, second_moments, sums  # noqa: F401
 from varscale.theory.rules import attention, axis, control, convolution, linear, softmax  # noqa: F401
 from varscale.theory.rules.random import input_leaf, is_weight
-from varscale.theory.rules.registry import RULES, Complex, live_equations, used_variables
+from varscale.theory.rules.registry import RULES, Complex, Waits, live_equations, used_variables
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _DERIVATIVES = {"jvp", "transpose"}
@@ -82,7 +82,10 @@ class Interpreter:
         return read(env, jaxpr.outvars, self.known)
 
     def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
-        outs = self.equation(eqn, read(env, eqn.invars, self.known))
+        try:
+            outs = self.equation(eqn, read(env, eqn.invars, self.known))
+        except Waits:
+            outs = [placeholder(self, v.aval) for v in eqn.outvars]
         env.update(zip(eqn.outvars, outs, strict=True))
 
     def _watched(
@@ -115,11 +118,11 @@ class Interpreter:
                 for scope, var in ended.get(i, ()):
                     rows.add(scope.path, self.steps, "scope", env[var])
 
-    def ask(self, reason: str, *, whole: bool = False) -> bool:
-        """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""
-        if self.place is None:
-            return False
-        return self.regions.ask("" if whole else self.place.scope_of(self.entering), reason)
+    def ask(self, reason: str, *, whole: bool = False) -> None:
+        """Have the next walk draw the module that this one is in, or the whole model; where it cannot, go on."""
+        place = self.place
+        if place is not None and self.regions.ask("" if whole else place.scope_of(self.entering), reason):
+            raise Waits
 
     def ask_for(self, error: Exception) -> bool:
         """Ask for a region of the module in which moments could not be worked out; False where there is none to be had."""
@@ -172,7 +175,8 @@ class Interpreter:
         read = roots_of(*views) if curved else views
         drawn = name not in _LINEAR and scales_samples(read, frame, curved)
         drawn |= any(x.shares for x, _ in read if curved) or (name == "mul" and feeds_itself(*views))
-        if drawn and not self.ask("one scale of all features, or a function of softmax weights", whole=True):
+        if drawn:
+            self.ask("one scale of all features, or a function of softmax weights", whole=True)
             node.flagged, node.doubt = "assumed", UNKNOWN
         return Value(node, layout if node.axes else renumbered(layout, {}))
 

@@ -29,7 +29,7 @@ from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_regions import drawn_region, placeholder
+from varscale.theory.rules.sampled_regions import drawn_region
 
 _MANY_PARTS = 24  # parts above which they are drawn with what they are joined for, where that can be
 # By leaf: along which axis it is sliced; it and what scales it entrywise, if weights only read in slices.
@@ -188,8 +188,8 @@ def cumsum(interpreter: Context, eqn: Any, x: Value) -> Value:
     if k is None:
         return x  # one position
     drifts = x.node.axes[k].size > MOST_CLASSES and table.total_mean**2 > LEADING_ORDER * table.mean_square
-    if drifts and interpreter.ask("running sums that drift over more places than are told apart"):
-        return placeholder(interpreter, eqn.outvars[0].aval)
+    if drifts:
+        interpreter.ask("running sums that drift over more places than are told apart")
     return Value(mapped(x.node, k, lower_triangle(x.node.axes[k], reverse=eqn.params["reverse"])), x.dims)
 
 
@@ -310,9 +310,8 @@ def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
     """One after another along dimension d; empty parts left out. Very many, unless they are known or inputs, are drawn."""
     live = [x for x in xs if x.shape[d] > 0]
     made = [x for x in live if not isinstance(x.node, Array | Constant | Leaf)]
-    if len(made) > _MANY_PARTS and interpreter.ask("many arrays are joined"):
-        shape = [sum(x.shape[d] for x in live) if k == d else n for k, n in enumerate(live[0].shape)]
-        return layout.full(interpreter.graph, 0.0, shape)
+    if len(made) > _MANY_PARTS:
+        interpreter.ask("many arrays are joined")
     return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
 
 

@@ -24,12 +24,13 @@ from varscale.theory.rules.registry import (
     Complex,
     Context,
     Opaque,
+    Waits,
     map_parts,
     parts,
     rule,
     sub_jaxpr_of,
 )
-from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region, placeholder
+from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region
 
 
 @rule(*CALLS, "custom_lin", "run_state")
@@ -64,7 +65,7 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         if any(meets_itself(x.node) for x in values):
             interpreter.ask("a loop over steps that share what they read", whole=True)
         if interpreter.regions.changed:  # the next walk draws it
-            return [placeholder(interpreter, v.aval) for v in eqn.outvars]
+            raise Waits
         with contextlib.suppress(CannotDraw):
             return drawn_alone(interpreter, eqn, xs, time=len(carry))
     jaxpr = jaxpr.replace(outvars=list(itertools.compress(jaxpr.outvars, kept)))

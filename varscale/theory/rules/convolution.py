@@ -45,7 +45,7 @@ from varscale.theory.propagation.pullbacks import repeats
 from varscale.theory.rules.elementwise import bounded, draw, fewest_terms, of_increasing, pooled_estimate
 from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_regions import drawn_region, placeholder
+from varscale.theory.rules.sampled_regions import drawn_region
 
 
 @second_moments.register
@@ -114,9 +114,8 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
         return drawn_region(interpreter, eqn, (x, w), "its kernel is no weight")
     outputs, taps = [aval.shape[d] for d in out_spec[2:]], [w.shape[d] for d in w_spec[2:]]
     smooth = math.prod(taps) > 1 and x.node.near == 1 and is_known_array(x.node)
-    alike = smooth or repeats(w.node) or (not w.node.deps and repeats(x.node))
-    if alike and interpreter.ask("windows over near places that are alike", whole=True):
-        return placeholder(interpreter, aval)
+    if smooth or repeats(w.node) or (not w.node.deps and repeats(x.node)):
+        interpreter.ask("windows over near places that are alike", whole=True)
     (cx, x), (cw, w) = without_factor(x), without_factor(w)
     x, w = separated(x), separated(w)
     lows = [low for low, _ in p["padding"]]
@@ -253,8 +252,8 @@ def reduce_window(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
 
     def pooled(x: Value, kind: type[WindowSum] = WindowMax) -> Value:
         x, ones = separated(x), (1,) * len(aval.shape)
-        if repeats(x.node) and interpreter.ask("windows over near places that are alike", whole=True):
-            return placeholder(interpreter, aval)
+        if repeats(x.node):
+            interpreter.ask("windows over near places that are alike", whole=True)
         strides, lows = p["window_strides"], [low for low, _ in p["padding"]]
         dilations = (p.get(name) or ones for name in ("base_dilation", "window_dilation"))
         read = map(Window, aval.shape, p["window_dimensions"], strides, lows, *dilations)

@@ -83,6 +83,10 @@ def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
     return Complex(f(x.re), f(x.im)) if isinstance(x, Complex) else f(x)
 
 
+class Waits(BaseException):
+    """What a rule raises for an equation that the next walk draws; in this one placeholders stand for its outputs."""
+
+
 class Context(Protocol):
     """The walk over a jaxpr, as rules see it (`interpreter.interpreter.Interpreter`)."""
 
@@ -97,9 +101,9 @@ class Context(Protocol):
     concrete: Callable[..., np.ndarray | None]
     # (name, *xs, extra=()), an elementwise primitive of values of one shape (sizes of 1 broadcast)
     elementwise: Callable[..., Value]
-    # (reason, whole=False), ask for a region of this module, or of the whole model; False: there is none
-    ask: Callable[..., bool]
-    ask_for: Callable[..., bool]  # (error), the same of the module where it came up
+    # (reason, whole=False), have the next walk draw this module, or the whole model, where that can be (`Waits`)
+    ask: Callable[..., None]
+    ask_for: Callable[..., bool]  # (error), whether the module where it came up will be drawn
     # (name, shape, mean, second_moment, *, odd, **law), a new random tensor with independent entries
     leaf: Callable[..., Value]
 

@@ -210,9 +210,8 @@ def propagated_of_region(node: RegionOutput) -> Spread:
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
-    """The outputs of an equation that no rule covers, drawn; placeholders where a region around it was asked for."""
-    if interpreter.ask(f"{eqn.primitive.name}: {reason}"):
-        return [placeholder(interpreter, v.aval) for v in eqn.outvars]
+    """The outputs of an equation that no rule covers, drawn: by itself, where no region around it can be."""
+    interpreter.ask(f"{eqn.primitive.name}: {reason}")
     try:
         return drawn_alone(interpreter, eqn, xs)
     except PredictionError:

@@ -225,10 +225,11 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     random, allowed = logits(num.args[0], num.axes)
     if random is None:
         return None
-    placeholder, graph = Value(random.node, top.dims), interpreter.graph
     if len(mean.params) > 1:  # drawn where that can be; else a division as any other
-        return placeholder if interpreter.ask("a softmax over several axes") else None
-    (key,), frame, args, unshared, by_sample = mean.params, num.axes, [random], 0.0, False
+        interpreter.ask("a softmax over several axes")
+        return None
+    graph, (key,), frame = interpreter.graph, mean.params, num.axes
+    args, unshared, by_sample = [random], 0.0, False
     if allowed is not None:
         frame = row_classes(frame, random, allowed, key)
         args += rows_filled(*allowed, key)
@@ -236,15 +237,15 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
             unshared = keys_apart(allowed.node, allowed.bind.index(key))
             by_sample = len(allowed.bind) > 1
     gaussian = _is_nearly_gaussian(random.node)
-    if not gaussian and interpreter.ask(_NOT_GAUSSIAN):
-        return placeholder
+    if not gaussian:
+        interpreter.ask(_NOT_GAUSSIAN)
     placed, learned = _bias_variances(random, key)
     # Classes of rows do not tell which keys are seen: behind a window, rows near one another share more keys.
     before = bool(_WINDOWS.get(graph, None))
     _WINDOWS.put(graph, None, before or unshared > NEXT_ORDER)
     doubt = max(math.expm1(min(placed, 3.0)), before * unshared)
-    if max(doubt, learned) > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
-        return placeholder
+    if max(doubt, learned) > LEADING_ORDER:
+        interpreter.ask("attention by distance", whole=True)
     node = graph.make(Softmax, frame, args, key)
     if doubt > NEGLIGIBLE:
         node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
@@ -316,8 +317,8 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     along = any(key in view.bind for _, view in taken)
     if random is None or allowed is not None or random.node.axes != powers.axes or along:
         return None
-    if not _is_nearly_gaussian(random.node) and interpreter.ask(_NOT_GAUSSIAN):
-        return None
+    if not _is_nearly_gaussian(random.node):
+        interpreter.ask(_NOT_GAUSSIAN)
     unit = graph.make(LogSumExp, mean.axes, [random], ((key,),))
     views = [unit.whole, *(View(v.node, tuple(b - (b > key) for b in v.bind)) for _, v in taken)]
     node = total(graph, [1.0, *(c for c, _ in taken)], mean.axes, views)
