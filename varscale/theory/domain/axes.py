@@ -166,6 +166,12 @@ def contract_axes(array: np.ndarray, weights: Mapping[int, np.ndarray]) -> np.nd
     return array
 
 
+def over_classes(array: np.ndarray, axes: Axes, some: Iterable[int] | None = None) -> np.ndarray:
+    """An array by class (1 long where constant, further axes last), averaged over the positions of some axes (None: all)."""
+    some = range(len(axes)) if some is None else some
+    return contract_axes(array, {k: axes[k].counts / axes[k].size for k in some})
+
+
 def without_equal(sums: np.ndarray, classes: int) -> None:
     """Of sums over pairs by type (first axis), turn those over any two positions into those over two different, in place."""
     sums[classes + np.arange(classes) * (classes + 1)] -= sums[:classes]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import outer
+from varscale.theory.domain.axes import outer, over_classes
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Axes
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
@@ -34,7 +34,6 @@ from varscale.theory.propagation.marginals import (
     evaluate,
     fluctuating,
     marginal,
-    over_classes,
 )
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing

@@ -30,6 +30,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from varscale.theory.domain.axes import over_classes
 from varscale.theory.domain.tables import ROUGH
 from varscale.theory.graph.convolutions import Conv, WindowSum, taps_of
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
@@ -51,7 +52,7 @@ from varscale.theory.propagation.inherited_fluctuations import (
     shared,
     weighted,
 )
-from varscale.theory.propagation.marginals import along, fluctuating, over_classes, term_shares
+from varscale.theory.propagation.marginals import along, fluctuating, term_shares
 from varscale.theory.propagation.pullbacks import Cotangent
 from varscale.theory.propagation.shared_component import channel_scatter, of_an_average, of_few
 from varscale.theory.propagation.token_gram import normed_together

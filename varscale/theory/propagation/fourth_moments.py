@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, average, contract_axes, equal, outer
+from varscale.theory.domain.axes import Axes, Axis, average, contract_axes, equal, outer, over_classes
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type, over_frame
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
@@ -47,7 +47,6 @@ from varscale.theory.propagation.marginals import (
     grid,
     independent_factors,
     marginal,
-    over_classes,
     term_shares,
     uncentred,
 )
@@ -145,7 +144,7 @@ def fresh(node: Node, axes: Collection[int] | None = None) -> float:
             return fresh(node.argument, tuple(sorted(before)))
     pairs, squares = square_pairs(node)
     pairs = contract_axes(pairs, {k: node.axes[k].any_pair for k in over})
-    squares = contract_axes(squares, {k: node.axes[k].counts / node.axes[k].size for k in over})
+    squares = over_classes(squares, node.axes, over)
     # Places that are held are what they are: that some are larger than others is no chance.
     held = [axis for k, axis in enumerate(node.axes) if k not in over]
     pairs = pairs[equal(held)]

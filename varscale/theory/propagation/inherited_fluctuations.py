@@ -9,7 +9,7 @@ from functools import cached_property, partial, singledispatch
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.domain.axes import Axes
+from varscale.theory.domain.axes import Axes, over_classes
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat
@@ -25,7 +25,6 @@ from varscale.theory.propagation.marginals import (
     grid,
     independent_factors,
     largest_term,
-    over_classes,
     term_shares,
 )
 

@@ -14,7 +14,7 @@ from functools import cached_property, reduce, singledispatch
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import contract_axis, equal
+from varscale.theory.domain.axes import equal
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat, Rearranged
@@ -170,13 +170,6 @@ def along(view: View, frame: Axes, *live: View) -> np.ndarray:
     """A tree's values along the grids of some of its roots, the others held at their means. (classes or 1..., points or 1)."""
     held = (root for root in roots_of(view) if root not in live)
     return np.asarray(evaluate(view, frame, at_means(held, frame)), float)
-
-
-def over_classes(line: np.ndarray, axes: Axes) -> np.ndarray:
-    """Values on the normal grid, (classes or 1..., points), averaged over all places: each class counts by its own."""
-    for axis in axes:
-        line = contract_axis(line, 0, axis.counts / axis.size) if line.shape[0] > 1 else line[0]
-    return line
 
 
 def term_shares(node: Sum | Concat) -> np.ndarray:

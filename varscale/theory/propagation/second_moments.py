@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import contract_axes
+from varscale.theory.domain.axes import contract_axes, over_classes
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import (
     IDENTITIES,
@@ -249,9 +249,9 @@ def second_moments_of_sum(node: Sum) -> Table:
 
 @second_moments.register
 def second_moments_of_mean(node: Mean) -> Table:
-    table, axes = node.argument.table, {k: node.argument.axes[k] for k in node.params}
-    mean = contract_axes(table.mean, {k: axis.counts / axis.size for k, axis in axes.items()})
-    return Table(node.axes, mean, contract_axes(table.second, {k: axis.any_pair for k, axis in axes.items()}))
+    table = node.argument.table
+    second = contract_axes(table.second, {k: table.axes[k].any_pair for k in node.params})
+    return Table(node.axes, over_classes(table.mean, table.axes, node.params), second)
 
 
 @second_moments.register

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, contract_axes, pool, refine, rest
+from varscale.theory.domain.axes import Axes, Axis, over_classes, pool, refine, rest
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph.convolutions import WindowMax, taps_of
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots
@@ -321,8 +321,7 @@ def draw(node: Node, sizes: Sequence[int]) -> np.ndarray:
             drawn = np.asarray(x.values, float)[tuple(slice(0, n) for n in own)][None]
         else:
             law, plain = marginal(x), [Axis(axis.size) for axis in x.axes]
-            counts = {k: axis.counts / axis.size for k, axis in enumerate(x.axes)}
-            line, positions = contract_axes(np.asarray(law.values, float), counts), list(map(np.arange, own))
+            line, positions = over_classes(np.asarray(law.values, float), x.axes), list(map(np.arange, own))
             drawn = read_off(line, gaussian(pool(law.correlation, x.axes), plain, positions, replicates, rng))
         env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
     out = evaluate(node.whole, node.axes, env)
