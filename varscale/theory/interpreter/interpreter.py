@@ -155,7 +155,7 @@ class Interpreter:
         except (PredictionError, jax.errors.JAXTypeError):
             raise
         except UNCOVERED as error:
-            return drawn_region(self, eqn, ins, told(error))
+            return drawn_region(self, eqn, ins, str(error))
         except Exception as error:
             raise located(error, eqn) from error
         finally:
@@ -189,8 +189,7 @@ class Interpreter:
 
 def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     """What stands in for a rule where there is none."""
-    name = eqn.primitive.name
-    return drawn_region(interpreter, eqn, xs, f'no rule covers it (to add one: @vs.theory.rule("{name}"))')
+    raise NotImplementedError(f'no rule covers it (to add one: @vs.theory.rule("{eqn.primitive.name}"))')
 
 
 # Complex numbers pass through these as they are.

@@ -29,7 +29,6 @@ from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_regions import drawn_region
 
 _MANY_PARTS = 24  # parts above which they are drawn with what they are joined for, where that can be
 # By leaf: along which axis it is sliced; it and what scales it entrywise, if weights only read in slices.
@@ -325,11 +324,11 @@ def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
 
 
 @rule("pad")
-def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Any:
+def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Value:
     """A concatenation with the fill; negative padding cuts. Entries spread apart (by an associative scan) are drawn."""
     config = eqn.params["padding_config"]
     if any(spread and n > 1 for n, (*_, spread) in zip(x.shape, config, strict=True)):
-        return drawn_region(interpreter, eqn, (x, fill), "entries are spread apart, as in a recurrence")
+        raise NotImplementedError("entries are spread apart, as in a recurrence")
     for d, (low, high, _) in enumerate(config):
         x = take(x, d, max(-low, 0), x.shape[d] - max(-high, 0))
         before, after = (

@@ -30,7 +30,7 @@ from varscale.theory.rules.registry import (
     rule,
     sub_jaxpr_of,
 )
-from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region
+from varscale.theory.rules.sampled_regions import drawn_alone
 
 
 @rule(*CALLS, "custom_lin", "run_state")
@@ -109,7 +109,7 @@ def cond(interpreter: Context, eqn: Any, which: Value, *xs: Any) -> list[Any]:
     """The branch taken, where it is known; else whichever is, on draws."""
     known, branches = interpreter.concrete(which), eqn.params["branches"]
     if known is None:
-        return drawn_region(interpreter, eqn, (which, *xs), "a branch depends on random values")
+        raise NotImplementedError("a branch depends on random values")
     return interpreter.run(*_compat.sub_jaxpr(branches[int(np.clip(known, 0, len(branches) - 1))]), xs)
 
 

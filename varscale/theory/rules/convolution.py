@@ -45,7 +45,6 @@ from varscale.theory.propagation.pullbacks import repeats
 from varscale.theory.rules.elementwise import bounded, draw, fewest_terms, of_increasing, pooled_estimate
 from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_regions import drawn_region
 
 
 @second_moments.register
@@ -106,12 +105,12 @@ def _window_node(args: Sequence[Value], kind: type[Node], out: Axes, params: Cal
 
 
 @rule("conv_general_dilated")
-def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
+def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
     """A convolution of weights; one whose kernel is made of inputs, or differs from sample to sample, is drawn."""
     p, aval = eqn.params, eqn.outvars[0].aval
     in_spec, w_spec, out_spec = p["dimension_numbers"]
     if p["batch_group_count"] != 1 or w.node.deps & interpreter.graph.inputs:
-        return drawn_region(interpreter, eqn, (x, w), "its kernel is no weight")
+        raise NotImplementedError("its kernel is no weight")
     outputs, taps = [aval.shape[d] for d in out_spec[2:]], [w.shape[d] for d in w_spec[2:]]
     smooth = math.prod(taps) > 1 and x.node.near == 1 and is_known_array(x.node)
     if smooth or repeats(w.node) or (not w.node.deps and repeats(x.node)):

@@ -38,7 +38,6 @@ from varscale.theory.propagation.marginals import along, concentrated, evaluate,
 from varscale.theory.propagation.pullbacks import selected
 from varscale.theory.rules.lookup import compared
 from varscale.theory.rules.registry import RECOGNISERS, RULES, Complex, Context, map_parts, parts, rule
-from varscale.theory.rules.sampled_regions import drawn_region
 
 MASKED = -1e4  # a number below this is a mask
 # What jax names otherwise, or has static parameters of its own.
@@ -111,7 +110,7 @@ def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
             x, y = whole if is_real[1] else whole[::-1]
             return map_parts(lambda part: interpreter.elementwise(name, part, y.re), x)
     if name not in _ELEMENTWISE and (name not in RULES or name in FUNCTIONS or name in _MIXING):
-        return drawn_region(interpreter, eqn, xs, "it mixes the parts of complex numbers")
+        raise NotImplementedError("it mixes the parts of complex numbers")
     re, im = (RULES[name](interpreter, eqn, *(parts(x)[k % len(parts(x))] for x in xs)) for k in (0, 1))
     return [*map(Complex, re, im)] if isinstance(re, list | tuple) else Complex(re, im)
 

@@ -28,7 +28,6 @@ from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_
 from varscale.theory.rules.elementwise import mean
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_regions import drawn_region
 from varscale.theory.rules.softmax import Softmax
 
 _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
@@ -244,18 +243,16 @@ def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
 
 
 @rule("dot_general")
-def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
+def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Value:
     """Batch dimensions, then x's free ones, then y's; drawn where its terms are no products of independent numbers."""
     contracted, batch = eqn.params["dimension_numbers"]
-    (c, a), (d, b), reason = without_factor(x), without_factor(y), ""
+    (c, a), (d, b) = without_factor(x), without_factor(y)
     if _mixes_heads(x, y, contracted[1]) or _mixes_heads(y, x, contracted[0]):
-        reason = "weights mix heads"
-    elif _is_transposed(a, b, contracted[0]) or _is_transposed(b, a, contracted[1]):
-        reason = "a weight meets what its transpose made"
-    elif _meets_itself(a, b, contracted, batch):
-        reason = "rows meet themselves in a product"
-    if reason:
-        return drawn_region(interpreter, eqn, (x, y), reason)
+        raise NotImplementedError("weights mix heads")
+    if _is_transposed(a, b, contracted[0]) or _is_transposed(b, a, contracted[1]):
+        raise NotImplementedError("a weight meets what its transpose made")
+    if _meets_itself(a, b, contracted, batch):
+        raise NotImplementedError("rows meet themselves in a product")
     if b.node.is_drawn and len(_uses(a.node, b.node)) > _WRITTEN_OUT:
         interpreter.ask("a loop over time that is written out")
     x, y = _over_one_frame(a, b, batch, contracted)

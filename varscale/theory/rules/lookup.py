@@ -33,7 +33,6 @@ from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.sampler import in_order
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_regions import drawn_region
 
 MOST_LENGTHS = 3  # that rows are told apart by, and so positions into one class more
 _CHANCE = 4.0  # standard deviations by which rows have to end in one value more often than by chance
@@ -87,17 +86,17 @@ def _slice_at(x: Value, starts: Mapping[int, Any], sizes: Sequence[int]) -> Valu
 
 
 @rule("dynamic_slice")
-def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Any:
+def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Value:
     """From known starts on a slice; from random ones on it is drawn."""
     sizes = eqn.params["slice_sizes"]
     known = {d: interpreter.concrete(at) for d, at in enumerate(starts) if sizes[d] < x.shape[d]}
     if any(at is None for at in known.values()):
-        return drawn_region(interpreter, eqn, (x, *starts), "a slice from a random place on")
+        raise NotImplementedError("a slice from a random place on")
     return _slice_at(x, known, sizes)
 
 
 @rule("gather")
-def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
+def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Value:
     """One known index is a slice, rows by index are a lookup; what is picked otherwise is sampled."""
     d, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.outvars[0].aval.shape
     if x.constant is not None:
@@ -107,10 +106,10 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
         starts = dict(zip(picked, known.ravel(), strict=True))
         return layout.reshape(_slice_at(x, starts, sizes), shape)
     if in_order(x.node):
-        return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")
+        raise NotImplementedError("steps of a loop are picked, which differ")
     cut = {k for k, (size, n) in enumerate(zip(sizes, x.shape, strict=True)) if size < n}
     if not cut <= set(picked) == set(d.collapsed_slice_dims) or d.operand_batching_dims:
-        return drawn_region(interpreter, eqn, (x, ids), "entries are looked up one by one")
+        raise NotImplementedError("entries are looked up one by one")
     return rows_by_index(interpreter, x, ids, picked, d.offset_dims, shape)
 
 

@@ -210,7 +210,10 @@ def propagated_of_region(node: RegionOutput) -> Spread:
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
-    """The outputs of an equation that no rule covers, drawn: by itself, where no region around it can be."""
+    """The outputs of an equation that no rule covers, drawn: by itself, where no region around it can be.
+
+    A rule says that it does not cover an equation by raising NotImplementedError with the reason.
+    """
     interpreter.ask(f"{eqn.primitive.name}: {reason}")
     try:
         return drawn_alone(interpreter, eqn, xs)
