@@ -101,7 +101,7 @@ class Context(Protocol):
     concrete: Callable[..., np.ndarray | None]
     # (name, *xs, extra=()), an elementwise primitive of values of one shape (sizes of 1 broadcast)
     elementwise: Callable[..., Value]
-    # (reason, whole=False), have the next walk draw this module, or the whole model, where that can be (`Waits`)
+    # (reason, whole=False), have the next walk draw this module, or the whole model, where it can (`Waits`)
     ask: Callable[..., None]
     ask_for: Callable[..., bool]  # (error), whether the module where it came up will be drawn
     # (name, shape, mean, second_moment, *, odd, **law), a new random tensor with independent entries
