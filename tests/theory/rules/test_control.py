@@ -133,3 +133,14 @@ def test_stacked_weight_used_as_a_whole_besides_is_in_doubt():
     row = vs.predict(lambda w, x: x + x @ w[0] + jnp.einsum("bi,lij->bj", x, w), X, params=kernels).output
     exact = 1 + (4 + DEPTH - 1) * WIDTH / 256
     assert row.second_moment == pytest.approx(exact, rel=row.error_bound)
+
+
+def test_a_loop_whose_end_is_known_is_walked():
+    """Of no such loop does JAX take a gradient; the row of its output is predicted all the same."""
+
+    def model(_, x):
+        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, 2 * s[1]), (0, x))[1]
+
+    row = vs.predict(model, X, params={}).output
+    assert row.second_moment == pytest.approx(64)
+    assert row.how != "sampled"

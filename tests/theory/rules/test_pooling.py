@@ -115,3 +115,14 @@ def test_what_a_drawn_module_reads_is_drawn_where_it_was_made():
     report = vs.predict(Conditioned(), vs.inputs(x, t), backward=False)
     assert np.isfinite(report.output.second_moment)
     assert "'down'" in report.notes[0]
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_what_a_local_mean_leaves_is_known():
+    """E[(x − mean of n neighbours)²] = 1 − 1/n of independent numbers: n is 9 inside, 6 at an edge, 4 in a corner; to 1 %."""
+    x = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32)
+    model = lambda _, x: x - nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)  # noqa: E731
+    row = vs.predict(model, x, params={}, backward=False).output
+    left = (14**2 * (1 - 1 / 9) + 4 * 14 * (1 - 1 / 6) + 4 * (1 - 1 / 4)) / 16**2
+    assert row.second_moment == pytest.approx(left, rel=0.01)
+    assert row.error_bound < 0.05

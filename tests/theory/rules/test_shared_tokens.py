@@ -119,3 +119,21 @@ def test_a_weight_applied_twice_the_same_way_is_as_good_as_fresh():
     given = vs.inputs(jax.ShapeDtypeStruct((8, 64), jnp.float32))
     row = vs.predict(lambda w, x: x + (x @ w) @ w, given, params=lambda key: normal(key, 64, 64)).output
     assert row.second_moment == pytest.approx(2.0, rel=1 / 64)
+
+
+def test_gates_of_given_samples_of_many_scales_are_in_doubt():
+    """E[(w x)² (w' x)²] is the mean of |x|⁴/n², which a few classes of samples do not hold; of one scale it is known."""
+    rng = np.random.default_rng(0)
+    scales = np.exp(0.7 * rng.standard_normal((64, 1)))
+
+    def model(p, x):
+        return (x @ p[0]) * (x @ p[1])
+
+    def params(key):
+        return [normal(k, 16, 8) for k in jax.random.split(key)]
+
+    for numbers, least in ((rng.standard_normal((64, 16)) * scales, 0.5), (np.sign(rng.standard_normal((64, 16))), 0.0)):
+        row = vs.predict(model, numbers.astype("f"), params=params, backward=False).output
+        exact = np.mean(np.mean(numbers**2, axis=1) ** 2)
+        assert abs(row.second_moment - exact) <= row.error_bound * max(exact, row.second_moment)
+        assert least <= row.error_bound < least + 1
