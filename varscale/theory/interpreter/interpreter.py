@@ -144,11 +144,11 @@ class Interpreter:
             self._places[eqn] = self.place
         try:
             if (outs := folded(self.graph, eqn, ins)) is None:
+                if name not in RULES:
+                    raise NotImplementedError(f'no rule covers it (to add one: @vs.theory.rule("{name}"))')
                 made_complex = any(np.iscomplexobj(v.aval) for v in eqn.outvars)
-                mixed = any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
-                by_parts = mixed and name not in _WHOLE
-                handler = RULES["complex operands"] if by_parts else RULES.get(name, unruled)
-                outs = handler(self, eqn, *ins)
+                mixed = made_complex or any(isinstance(x, Complex) for x in ins)
+                outs = RULES["complex operands" if mixed and name not in _WHOLE else name](self, eqn, *ins)
                 outs = list(outs) if isinstance(outs, list | tuple) else [outs]
                 note_moved(eqn, ins, outs)
             return outs
@@ -185,11 +185,6 @@ class Interpreter:
     ) -> Value:
         """A new random tensor with independent entries."""
         return value(leaf(self.graph, name, axes_of(shape), mean, second_moment, odd=odd, **law), shape)
-
-
-def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
-    """What stands in for a rule where there is none."""
-    raise NotImplementedError(f'no rule covers it (to add one: @vs.theory.rule("{eqn.primitive.name}"))')
 
 
 # Complex numbers pass through these as they are.

@@ -104,8 +104,6 @@ def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
             return whole[0] if eqn.params["new_dtype"].kind == "c" else whole[0].re
         case "abs":
             return interpreter.elementwise("hypot", whole[0].re, whole[0].im)
-        case "conj":
-            return Complex(whole[0].re, interpreter.elementwise("neg", whole[0].im))
         case "mul" | "div" if is_real[1] or (name == "mul" and is_real[0]):
             x, y = whole if is_real[1] else whole[::-1]
             return map_parts(lambda part: interpreter.elementwise(name, part, y.re), x)
