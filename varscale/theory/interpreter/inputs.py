@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from scipy.cluster import hierarchy
 
 from varscale.programs import faces
 from varscale.programs.faces import Inputs
@@ -23,7 +22,6 @@ from varscale.programs.pieces import is_key
 from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, axes_of, labelled
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph import known_arrays as arrays
-from varscale.theory.graph.expressions import hashed
 from varscale.theory.graph.known_arrays import all_given, entries, is_known_array
 from varscale.theory.graph.layout import Value, full, value, without_entries
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array
@@ -38,7 +36,6 @@ MODEL_SEED = 0  # laws do not depend on the seed
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
 _MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
 _ALIKE_SCALES = 0.02  # variance of ln s² in a class, which is the relative error of E[1/s²] there
-_MOST_SORTED = 256  # samples that are clustered; of more, those between two of these go with the nearest
 
 # Equations that rules enter, whatever they read.
 ENTERED = {"random_bits", "scan", "while", "cond", "region", *CALLS}
@@ -134,23 +131,21 @@ def known_or_real(interpreter: Context, x: Any, name: str) -> Any:
 def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
     """The first axis of given numbers, its positions in classes of samples whose mean squares are nearly one.
 
-    Samples that are all zero, as paddings are, are a class of their own; of others there are as few classes as keep the
-    variance of ln s² within them below `_ALIKE_SCALES`.
+    Samples that are all zero, as paddings are, are a class of their own; of others there are as few classes, in equal
+    steps of ln s², as keep its variance within them below `_ALIKE_SCALES`.
     """
     squares = np.mean(np.square(numbers, dtype=float).reshape(len(numbers), -1), axis=1)
     positive = squares > 0
     labels, logs = positive.astype(int), np.log(squares[positive])
     if len(logs) < 2:
         return Axis(len(numbers))
-    ends = np.unique(np.quantile(logs, np.linspace(0, 1, min(len(logs), _MOST_SORTED)), method="nearest"))
     # Beyond twice the variance of ln of a mean of n squares, 2/n.
-    if logs.var() > _ALIKE_SCALES + 4 / (numbers.size // len(numbers)) and len(ends) > 1:
-        nearest = np.abs(logs[:, None] - ends[None]).argmin(axis=1)
-        tree = hierarchy.ward(ends[:, None])
+    if logs.var() > _ALIKE_SCALES + 4 / (numbers.size // len(numbers)):
+        level = (logs - logs.min()) / np.ptp(logs)
         for count in range(2, MOST_CLASSES + 1 - (not positive.all())):
-            found = hierarchy.fcluster(tree, count, "maxclust")[nearest] - 1
+            found = np.minimum(count * level, count - 1).astype(int)
             labels[positive] = 1 + found
-            means = np.bincount(found, logs) / np.bincount(found)
+            means = np.bincount(found, logs) / np.maximum(np.bincount(found), 1)
             if np.mean((logs - means[found]) ** 2) <= _ALIKE_SCALES:
                 break
     return labelled(labels)
@@ -201,12 +196,6 @@ def folded(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
     literal = [x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype) for x, v in pairs]
     if not any(x is None for x in literal):
         return [known(graph, out) for out in _evaluated(eqn, literal)]
-    if keyed:
-        # A key derived from something random: one for equal derivations.
-        derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
-        key = jax.random.key(hashed(name, eqn.params, derived) >> 33)
-        shape = eqn.outvars[0].aval.shape
-        return [Opaque(jax.random.split(key, shape) if shape else key)]
     sources = [part for x in ins for part in parts(x)]
     if not all_given(sources) or (name in _MOVING and len(sources) == len(ins)):
         return None
