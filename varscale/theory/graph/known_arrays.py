@@ -18,7 +18,7 @@ from varscale.theory.domain.axes import Axes, rest, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Permute, Rearranged, unmoved
-from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number, second_moments
+from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View, number, second_moments
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import Z
 
@@ -92,7 +92,7 @@ def scatter_of_given(node: Node, axes: Collection[int], taps: int = 1) -> float:
 
 def numbers(node: Node) -> np.ndarray | None:
     """The entries of a node over its axes, where they are given or computed from what is; else None."""
-    if isinstance(node, Array | Constant):
+    if node.is_literal:
         return node.values if isinstance(node, Array) else np.array(node.params)
     found = MEASURED.get(node.graph, node.id)
     if callable(found):
@@ -106,7 +106,7 @@ def numbers(node: Node) -> np.ndarray | None:
 def is_known_array(node: Node) -> bool:
     """Whether its entries are known numbers."""
     node = unmoved(node)
-    return isinstance(node, Array | Constant) or node.id in MEASURED.of(node.graph)
+    return node.is_literal or node.id in MEASURED.of(node.graph)
 
 
 def all_given(values: Sequence[Any]) -> bool:

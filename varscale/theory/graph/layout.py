@@ -247,7 +247,7 @@ def _classed(x: Value, beside: Sequence[Value]) -> Value:
     """Known numbers along one axis tell its positions apart: a class a number where few, near ones where others have it."""
     if not isinstance(x.node, Array) or len(x.node.axes) != 1 or x.node.axes[0].labels is not None:
         return x
-    numbers, others = x.node.values, [y.dims for y in beside if not isinstance(y.node, Array | Constant)]
+    numbers, others = x.node.values, [y.dims for y in beside if not y.node.is_literal]
     along = any(
         all(axes_along([dim]) for dim in pair) for dims in others for pair in zip(x.dims, dims, strict=True)
     )

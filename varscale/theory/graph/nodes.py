@@ -77,6 +77,7 @@ class Node(Marked):
     reduced: tuple[int, ...] = ()  # the axes of its argument that it does not have
     is_centred = False  # an array less a mean of what it is made of, too: a sum of which that is a term
     is_variance = False  # mean(x²) − mean(x)², which no rounding makes negative here
+    is_literal = False  # numbers that stand in the model
     is_input = False  # of the model; other leaves belong to one initialization
     is_bits = False  # random bits, which have no gradient
     is_drawn = False  # a leaf that varies between initializations, and no input
@@ -220,6 +221,7 @@ class Constant(Node):
     """One number everywhere."""
 
     params: float
+    is_literal = True
 
     def prepare(self) -> None:
         self.positive = self.params >= 0
@@ -264,6 +266,8 @@ class Leaf(Node):
 
 class Array(Node):
     """Known numbers `values` over its axes; `params` is their digest. Its table pools them by class."""
+
+    is_literal = True
 
     def prepare(self) -> None:
         self.values = _NUMBERS.of(self.graph)[self.params]

@@ -24,7 +24,7 @@ from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph import known_arrays as arrays
 from varscale.theory.graph.known_arrays import all_given, entries, is_known_array
 from varscale.theory.graph.layout import Value, full, value, without_entries
-from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array
+from varscale.theory.graph.nodes import Graph, Leaf, Node, View, array
 from varscale.theory.graph.store import Fact, PredictionError
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.propagation.doubts import OUTSIDE
@@ -173,7 +173,7 @@ def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
     if isinstance(x, Complex):
         re, im = concrete(x.re), concrete(x.im)
         return None if re is None or im is None else (re + 1j * im).astype(dtype or complex)
-    is_literal = isinstance(x, Value) and isinstance(x.node, Array | Constant)
+    is_literal = isinstance(x, Value) and x.node.is_literal
     found = entries(x) if is_literal and math.prod(x.shape) <= MOST_FOLDED else None
     return found if found is None or dtype is None else found.astype(dtype)
 
@@ -221,7 +221,7 @@ def folded_node(name: str, extra: Any, frame: Axes, views: Sequence[View]) -> No
     graph, sizes = views[0].node.graph, [axis.size for axis in frame]
 
     def number_by_number() -> Node | None:
-        literal = all(isinstance(view.node, Constant | Array) for view in views)
+        literal = all(view.node.is_literal for view in views)
         if math.prod(sizes) > (MOST_FOLDED if literal else _MOST_EVALUATED):
             return None
         numbers = [arrays.numbers_over(view, frame) for view in views]

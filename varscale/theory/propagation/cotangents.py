@@ -18,7 +18,7 @@ from varscale.theory.domain.axes import Axis, apply_axis, average, outer, pool, 
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
+from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
@@ -42,7 +42,7 @@ class Cotangents:
         self.parts: dict[Node, dict[View | None, Cotangent]] = {}
 
     def add(self, node: Node, part: Cotangent) -> None:
-        if not isinstance(node, Array | Constant):
+        if not node.is_literal:
             parts = self.parts.setdefault(node, {})
             part = replace(part, second=full_types(part.second, node.axes))
             known = [parts[part.mask]] if part.mask in parts else []

@@ -21,7 +21,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, axes_along, merged
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
+from varscale.theory.graph.nodes import Array, Leaf, Node
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
 from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.rules.region_sizes import (
@@ -70,7 +70,7 @@ class Operand:
 
     @property
     def random(self) -> bool:
-        return any(not isinstance(x.node, Constant | Array) for x in self.value)
+        return any(not x.node.is_literal for x in self.value)
 
     @property
     def is_value(self) -> bool:
@@ -96,7 +96,7 @@ def _is_decided(node: Node) -> bool:
     """Whether it is known, comparisons of real numbers, or logic of such: as good as what is compared when it is drawn."""
     name = node.params[0] if isinstance(node, Apply) else None
     combined = name in _COMBINED and all(_is_decided(view.node) for view in node.args)
-    return combined or name in _COMPARED or isinstance(node, Constant | Array)
+    return combined or name in _COMPARED or node.is_literal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
