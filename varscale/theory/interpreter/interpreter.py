@@ -177,7 +177,7 @@ class Interpreter:
         drawn |= any(x.shares for x, _ in read if curved) or (name == "mul" and feeds_itself(*views))
         if drawn:
             self.ask("one scale of all features, or a function of softmax weights", whole=True)
-            node.flagged, node.doubt = "assumed", UNKNOWN
+            node.mark("assumed", UNKNOWN)
         return Value(node, layout if node.axes else renumbered(layout, {}))
 
     def leaf(

@@ -119,7 +119,7 @@ def init_laws(
             shared = [r.node for r in roots(x.node) if count[r.node] > 1]
             for made in shared:
                 if not isinstance(made, Leaf):  # a spectral norm's vector, turned by the weights
-                    made.flagged, made.doubt = "assumed", UNKNOWN
+                    made.mark("assumed", UNKNOWN)
             return x if shared else as_weight(interpreter, x)
 
         return {i: map_parts(parameter, x) for i, x in zip(which, outs, strict=True)}

@@ -158,7 +158,7 @@ _TURNED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne
 def unknown(interpreter: Context, name: str, shape: Sequence[int]) -> Value:
     """Whole numbers described by their shape."""
     x = interpreter.leaf(("ids", name), shape, 0.0, 1.0, odd=False)
-    x.node.flagged, x.node.doubt = "assumed", UNKNOWN
+    x.node.mark("assumed", UNKNOWN)
     return x
 
 

@@ -248,11 +248,12 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
         interpreter.ask("attention by distance", whole=True)
     node = graph.make(Softmax, frame, args, key)
     if doubt > NEGLIGIBLE:
-        node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
+        node.mark("assumed", doubt)
+        node.gradient_doubt = max(doubt, NEXT_ORDER)
     # Where paddings, some hidden by sample, are not told apart, outputs can be as much again.
     alike = frame[key].size in {size for _, size in padded(graph)} and frame[key].labels is None
     if not gaussian or (by_sample and alike):
-        node.flagged, node.doubt = "assumed", 1.0
+        node.mark("assumed", 1.0)
     return Value(node, top.dims)
 
 
