@@ -138,6 +138,14 @@ def test_doubt_grows_where_terms_cancel():
     assert row.error_bound > 3.5
 
 
+def test_the_doubt_of_what_is_joined_is_shared_by_size():
+    graph = Graph()
+    doubtful, known = (leaf(graph, n, [Axis(n)], 0.0, 1.0, odd=True) for n in (12, 4))
+    doubtful.doubt = 0.3
+    joined = graph.make(Concat, [labelled(np.repeat([0, 1], [12, 4]))], [doubtful.whole, known.whole], (0, (12, 4)))
+    assert doubt_of(joined) == pytest.approx(0.3 * 12 / 16)
+
+
 def test_an_array_given_twice_is_one_input():
     x = np.random.default_rng(0).normal(0.5, 1.0, (64, WIDTH)).astype(np.float32)
     for other in (x, x.copy()):

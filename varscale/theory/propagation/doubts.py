@@ -232,7 +232,7 @@ def _steps(node: Node) -> tuple[str, float]:
         return max([how, *passed], key=HOWS.index), doubt + sum(d * slope for (_, d), slope in inner)
     hows, doubts = zip(*map(_steps, node.sources), strict=True) if node.args else ((), ())
     how = max([how, *hows], key=HOWS.index)
-    if isinstance(node, Sum) and any(doubts):
+    if isinstance(node, Sum | Concat) and any(doubts):
         doubts = [w * d for w, d in zip(_error_weights(node), doubts, strict=True)]
         return how, min(doubt + sum(doubts), UNKNOWN)
     return how, doubt + sum(doubts)
@@ -261,12 +261,16 @@ def _not_forgotten(main: View, *scales: View) -> float:
     return min(out, UNKNOWN)
 
 
-def _error_weights(node: Sum) -> list[float]:
+def _error_weights(node: Sum | Concat) -> Any:
     """What the relative error of a term's second moment makes of the sum's: more than itself, where terms cancel.
 
+    Of arrays one after another each counts by its share of the square.
     A scale that is off by a factor enters with the term's product with the sum; a variance that is off alone, with the term's
     own share. A number has no variance, and of an array less its own mean the two are off together.
     """
+    if isinstance(node, Concat):
+        squares = np.multiply(node.params[1], [x.table.mean_square for x in node.sources])
+        return squares / sum(node.params[1]) / node.table.divisor
     taken, weights, terms = set(node.centring.values()), list[float](), node.terms
     for i, (c, view) in enumerate(terms):
         others = (c * d * mean_of_product(view, x, node.axes) for j, (d, x) in enumerate(terms) if j != i)
