@@ -1,8 +1,12 @@
 """Gradients at outputs that are arrays which others read, too: each is that of its own readers, as it is measured."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import varscale as vs
 
@@ -52,12 +56,6 @@ def test_each_output_has_the_gradient_of_its_own_readers():
     assert gradients["unread"] is None
 
 
-def test_what_is_read_past_an_output_is_no_gradient_of_it():
-    report = vs.predict(Skipped(), X)
-    assert report["Dropout_0"].gradient_error_bound > 0.5
-    assert report["Dense_0"].gradient_error_bound < 0.5
-
-
 class TwoReaders(nn.Module):
     """Two branches, each behind a norm of its own, as in blocks whose attention and feed-forward part run side by side."""
 
@@ -69,9 +67,38 @@ class TwoReaders(nn.Module):
         return x + one + nn.Dense(32, name="large")(nn.LayerNorm(name="after")(scaled))
 
 
-def test_a_cotangent_that_two_equal_arrays_share_is_in_doubt():
-    report = vs.predict(TwoReaders(), jax.ShapeDtypeStruct((8, 32), "float32"))
-    # norm_1's cotangent is 1e-4 · 32 of the output's, norm_2's about 1: as one array both have the sum.
-    assert report["norm_1"].gradient_error_bound > 1
-    assert report["norm_2"].gradient_error_bound > 1
-    assert report["after"].gradient_error_bound < 0.2
+class Halved(nnx.Module):
+    """Two linear maps of one array and of its half, which a module of its own makes."""
+
+    def __init__(self, rngs):
+        self.stem, self.half = nnx.Linear(12, 32, rngs=rngs), Half()
+        self.left, self.right = nnx.Linear(32, 8, rngs=rngs), nnx.Linear(32, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        return self.left(x) + self.right(nnx.relu(self.half(x)))
+
+
+class Half(nnx.Module):
+    def __call__(self, x):
+        return x / 2
+
+
+class Grown(nn.Module):
+    """Channels that are grown, and added to, behind batch norms at inference: scaled copies of what is read past them."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = partial(nn.BatchNorm, use_running_average=True)
+        x = nn.Dense(32, name="stem")(x)
+        x = jnp.concatenate([x, nn.Dense(64)(nn.relu(norm(name="grown")(x)))], axis=-1)
+        return nn.Dense(8)(x + norm(name="added")(nn.Dense(96, name="branch")(nn.relu(x))))
+
+
+@pytest.mark.parametrize(
+    "model", [Skipped(), TwoReaders(), Grown(), lambda rngs: Halved(rngs)], ids=["skip", "norms", "scaled", "nnx"]
+)
+def test_an_output_that_is_read_past_it_has_the_gradient_of_its_own_readers(model):
+    report = vs.predict(model, X, draws=32)
+    assert [row.path for row in report.rows if row.gradient is None or not row.gradient_holds] == []
+    assert max(row.gradient_error_bound for row in report.rows) < 0.25

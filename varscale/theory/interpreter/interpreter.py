@@ -12,8 +12,7 @@ To teach it a primitive, register a rule: a function of the interpreter, the equ
     vs.theory.FUNCTIONS["softsign"] = lambda x: x / (1 + np.abs(x))
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +27,12 @@ from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.known_arrays import scales_samples
 from varscale.theory.graph.layout import Value, align, renumbered, value
 from varscale.theory.graph.linear_nodes import feeds_itself
-from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
+from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Node, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
 from varscale.theory.interpreter.inputs import ENTERED, concrete, folded, folded_node, known, note_moved
 from varscale.theory.interpreter.regions import Regions, blocks, within
-from varscale.theory.interpreter.rows import Place
+from varscale.theory.interpreter.rows import Place, is_mark
 
 # These register rules, and laws of kinds of nodes; so do those that others import.
 from varscale.theory.propagation import pullbacks, second_moments, sums  # noqa: F401
@@ -55,7 +54,8 @@ class Interpreter:
         self.place: Place | None = None  # where the walk is and keeps rows; None where it keeps none
         self.entering: Any = None  # the equation that is being interpreted there
         self.used: frozenset[Any] = frozenset()  # variables that are read of the jaxpr that is run
-        self.nudged = False  # whether modules' outputs that are one number get noise, to differentiate by
+        self.nudged: Collection[str] = ()  # rows of modules that get noise, to differentiate by
+        self.nudges: dict[Node, Node] = {}  # by what it was added to: the noise
         self.steps: list[int] = []  # which steps of loops over layers it is in
         self.regions = Regions()  # the scopes that are drawn
         self._places: dict[Any, Place] = {}  # by equation
@@ -108,10 +108,11 @@ class Interpreter:
                 continue
             self.place, self.entering = place, eqn
             self._step(eqn, env)
-            if self.nudged and eqn.primitive.name == "name":
-                env[eqn.outvars[0]] = self._nudge(env[eqn.outvars[0]])
             if entered == rows.entered:
                 place.note(eqn, env, self.steps)
+            if is_mark(eqn) and rows.made[-1].path in self.nudged:
+                env[eqn.outvars[0]] = x = self._nudge(env[eqn.outvars[0]])
+                rows.made[-1] = rows.made[-1]._replace(value=x)
             for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
                 rows.add(path, [*self.steps, *steps], "module", env[var], field)
             for i in places:
@@ -130,11 +131,13 @@ class Interpreter:
         return place is not None and self.regions.ask(place.scope_of(eqn), told(error))
 
     def _nudge(self, x: Any) -> Any:
-        if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:
+        if not isinstance(x, Value) or isinstance(x.node, Array):
             return x
         table = independent(0.0, _NUDGE, axes_of(x.shape))
         nudge = input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True)
-        return self.elementwise("add", x, nudge)
+        out = self.elementwise("add", x, nudge)
+        self.nudges[out.node] = nudge.node
+        return out
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""

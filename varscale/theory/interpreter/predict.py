@@ -17,7 +17,6 @@ from varscale.programs.caches import fresh_traces, without_collection
 from varscale.programs.faces import Inputs, Program
 from varscale.programs.pieces import is_key
 from varscale.report import Report
-from varscale.theory.graph.layout import Value
 from varscale.theory.graph.store import PredictionError, located
 from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.inputs import MODEL_SEED, TracedInputs
@@ -244,7 +243,7 @@ def _predicted(
         return list(joined(rows.made, captured))
 
     paths = [path for rows in forward.shapes.values() for path in rows]
-    taps = through(forward.jaxpr, paths, len(forward.shapes[""])) if backward else None
+    taps = through(forward.jaxpr, paths, len(forward.shapes[""])) if backward else {}
     leaves = zip(named_leaves(walked.shapes), jax.tree_util.tree_leaves(walked.shapes), strict=True)
     named = [(name.path, tuple(leaf.shape)) for name, leaf in leaves]
     computing = forward.jaxpr.replace(eqns=live_equations(forward.jaxpr))  # not what draws its parameters
@@ -252,24 +251,25 @@ def _predicted(
 
     def report(found: list[Made]) -> Report:
         laws = zip((path for path, _ in named), walked.values, strict=True)
-        gradients = {} if taps is None else gradients_of(interpreter, found, taps)
+        gradients = gradients_of(interpreter, found, taps) if backward else {}
         return with_gradients(summarize(interpreter, program, found, weights(laws, uses)), gradients)
 
-    first, found = _settled(interpreter, walk, report)
+    first = _settled(interpreter, walk, report)
     first = dataclasses.replace(first, notes=interpreter.regions.note)
-    rows = [m.value for m in found if m.kind in ("module", "scope")]
-    if taps is None or not any(isinstance(x, Value) and x.constant is not None for x in rows):
+    interpreter.nudged = {
+        x.path for x in first.rows if x.gradient is None and x.path in taps and taps[x.path].readers
+    }
+    if not interpreter.nudged:
         return first
-    interpreter.nudged = True
     return _settled(
         interpreter, walk, lambda found: with_gradients(first, gradients_of(interpreter, found, taps))
-    )[0]
+    )
 
 
 def _settled(
     interpreter: Interpreter, walk: Callable[[], list[Made]], report: Callable[[list[Made]], Report]
-) -> tuple[Report, list[Made]]:
-    """The report of the first walk that asks for no further region, and what it found.
+) -> Report:
+    """The report of the first walk that asks for no further region.
 
     A region is added, or refused, once, so there is one.
     """
@@ -278,7 +278,7 @@ def _settled(
             found = walk()
             made = None if interpreter.regions.changed else report(found)
             if not interpreter.regions.again() and made is not None:
-                return made, found
+                return made
         except Exception as error:
             interpreter.ask_for(error)
             if not interpreter.regions.again():  # else it met a placeholder, or what will now be drawn

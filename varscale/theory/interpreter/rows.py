@@ -25,8 +25,9 @@ from varscale.programs.scopes import is_floating, opened, whole_path
 from varscale.report import How, Report, Row, Weight
 from varscale.theory.domain.axes import average, equal
 from varscale.theory.domain.tables import NEXT_ORDER
+from varscale.theory.graph.expressions import scale_and_shift
 from varscale.theory.graph.layout import Value, axes_along
-from varscale.theory.graph.nodes import UNKNOWN, Node
+from varscale.theory.graph.nodes import Node
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.doubts import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
@@ -34,6 +35,7 @@ from varscale.theory.rules.elementwise import reads_masked
 from varscale.theory.rules.registry import CALLS, Complex, Context, sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
+_SCALING = {"add", "sub", "mul", "div", "reshape", "broadcast_in_dim"}
 _BAND, _BELOW = 2.5758, 0.005  # 99 % of a normal, and the share below them
 _WIDEST_BAND = 25.0  # of ln(mean square): beyond that a draw can be anything, as error_bound says
 # Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band
@@ -138,6 +140,7 @@ class Tap:
     readers: int = 0
     ends: int = 0  # how many of the model's own outputs are
     sources: Sequence[Tap] = ()  # what the equation that makes it reads
+    scaled: Sequence[Tap] = ()  # the same, where that may do no more than scale, shift or lay out one of them
 
     def chain(self) -> list[Tap]:
         """Its names, from this one back to the first, which all that is the array goes through."""
@@ -146,24 +149,27 @@ class Tap:
     def is_made_of(self, other: Tap) -> bool:
         """Whether an array is worked out from another, or is it."""
         waiting, seen = [self], set()
-        while waiting:
+        while waiting and other not in seen:
             tap = waiting.pop()
             if tap not in seen:
                 seen.add(tap)
                 waiting += [x for source in tap.sources for x in source.chain()]
         return other in seen
 
-    def is_part(self, other: Tap) -> bool:
-        """Whether this variable's cotangent is less than the array's, which another holds, too, that is read past this one."""
-        return not other.is_made_of(self) and (other.readers > 1 or not self.is_made_of(other))
+    def reads_all(self, scaled: bool, others: Sequence[Tap] = ()) -> bool:
+        """Whether nothing reads the array past this name, or another that is the same, and is not made from it.
+
+        Where it is scaled nothing reads what it is a scaled copy of, either.
+        """
+        first = self.chain()[-1]
+        behind = first.scaled if scaled else ()
+        past = first.readers > self.readers or not all(x.is_made_of(first) for x in others)
+        return not past and all(x.readers == 1 and x.reads_all(True) for x in behind)
 
     def share(self, whole: float, doubt: float) -> tuple[float, float]:
         """Gradient and doubt of this name, of those at the array; cotangents of the model's outputs are independent."""
-        first = self.chain()[-1]
-        gradient = self.ends + (max(whole - first.ends, 0.0) if self.readers else 0.0)
-        if self.readers and gradient:
-            return gradient, doubt * whole / gradient + (UNKNOWN if first.readers > self.readers else 0.0)
-        return gradient, doubt if gradient == whole else 0.0
+        gradient = self.ends + (max(whole - self.chain()[-1].ends, 0.0) if self.readers else 0.0)
+        return gradient, doubt * (whole / gradient if self.readers and gradient else gradient == whole)
 
 
 def through(jaxpr: Any, rows: Sequence[str], own: int) -> dict[str, Tap]:
@@ -197,8 +203,8 @@ def _tapped(eqns: Sequence[Any], taps: dict[Any, Tap]) -> None:
             for x in ins:
                 for tap in x.chain():
                     tap.readers += 1
-            for v in eqn.outvars:
-                _tap(taps, v).sources = ins
+            for tap in (_tap(taps, v) for v in eqn.outvars):
+                tap.sources, tap.scaled = ins, ins if name in _SCALING else ()
 
 
 def summarize(
@@ -297,8 +303,12 @@ def _correlation_along(x: Value, dims: Sequence[Any]) -> float | None:
 def gradients_of(
     interpreter: Context, made: Iterable[Made], taps: Mapping[str, Tap]
 ) -> dict[str, tuple[float, float]]:
-    """Gradients at rows, and bounds on their relative errors; asks for a region where places or losses leave many in doubt."""
+    """Gradients at rows, and bounds on their relative errors; asks for a region where places or losses leave many in doubt.
+
+    Rows whose array is read elsewhere, too, itself or what it is a scaled copy of, have one where they are nudged.
+    """
     arrays = _arrays(interpreter, made)
+    at = {path: interpreter.nudges.get(x.node, x.node) for path, x in arrays.items()}
     copies = {
         k: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for k, x in arrays.items()
     }
@@ -309,24 +319,29 @@ def gradients_of(
         second = np.zeros(node.frame_types)
         second[equal(node.axes)] = copies[path]
         seeds.append((node, second))
-    found = cotangents(seeds, [x.node for x in arrays.values()])
+    read = {path: taps[path] for path in arrays.keys() & taps.keys() if taps[path].readers}
+    held = collections.defaultdict(list)
+    for path, tap in read.items():
+        held[arrays[path]].append(tap.chain()[-1])
+    parts = {
+        path
+        for path, tap in read.items()
+        if (node := arrays[path].node) not in interpreter.nudges
+        and not tap.reads_all(scale_and_shift(node.whole).of.node is not node, held[arrays[path]])
+    }
+    found = cotangents(seeds, list(at.values()), [at[path] for path in read.keys() - parts])
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
         interpreter.regions.ask("", "gradients of near places, or of a loss")
-    gradients, held = {}, collections.defaultdict(list)
+    gradients = {}
     for path, x in arrays.items():
-        if path in taps and taps[path].readers:
-            held[x].append(taps[path].chain()[-1])
-    for path, x in arrays.items():
-        if x.node.id in found:
-            gradient, doubt, _ = found[x.node.id]
+        if path not in parts and at[path].id in found:
+            gradient, doubt, _ = found[at[path].id]
             # Of several outputs that are one array in other shapes, a change of one is none of the others.
             # Copies share it evenly, if independent; if all n are one, each has 1/n² of it rather than 1/n.
             shapes = {arrays[end].dims for end in outputs if arrays[end].node is x.node}
             doubt += max(len(shapes) - 1, 0) + copies[path] - 1
             gradient = gradient / copies[path]
-            if tap := taps.get(path):
+            if (tap := taps.get(path)) and at[path] is x.node:
                 gradient, doubt = tap.share(gradient, doubt)
-                if others := sum(map(tap.chain()[-1].is_part, held[x])):
-                    gradient, doubt = gradient / (1 + others), doubt + UNKNOWN  # as if each had as much
             gradients[path] = float(gradient), float(GRADIENT_BASE + doubt)
     return gradients

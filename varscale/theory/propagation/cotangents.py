@@ -7,7 +7,7 @@ same roots, and its moments are taken exactly.
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -80,10 +80,13 @@ class Gradient(NamedTuple):
     lost: float  # the part of that which near places leave, or losses
 
 
-def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, Gradient]:
+def cotangents(
+    outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node], alone: Collection[Node] = ()
+) -> dict[int, Gradient]:
     """The cotangents of watched nodes, by id of those that a cotangent reaches.
 
-    Outputs come with the second moments, by type, of the cotangents they are given.
+    Outputs come with the second moments, by type, of the cotangents they are given. Of `alone` all that reads what they are
+    scaled copies of reads them.
     """
     backward = _Backward(watched)
     for node, second in outputs:
@@ -98,7 +101,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
     for n in watched:
         # Sums take the array behind a scaled copy, so that what flows into the copy arrives there.
         scale, shift, (inner, bind) = scale_and_shift(n.whole)
-        asked_itself = inner is not n and inner in rows and (scale, shift) != (1, 0)
+        asked_itself = inner is not n and inner in rows and n not in alone and (scale, shift) != (1, 0)
         if asked_itself or isinstance(inner, Apply | Constant) or len(bind) < len(n.axes):
             scale, inner = 1.0, n
         if found := backward.found(inner):
