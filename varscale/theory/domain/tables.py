@@ -232,9 +232,12 @@ def gaussian(
     """Zero-mean Gaussian arrays of a given covariance by type, at some positions of its axes: crossed random effects.
 
     For every set of axes one effect, drawn anew at each of their positions; along the others one correlated value a class.
+    Moments by type may be those of no Gaussian array (averages over classes that were merged): the variances are kept.
     """
     labels = [axis.label_array[kept] for axis, kept in zip(axes, positions, strict=True)]
     rank, out = len(axes), np.zeros((replicates, *map(len, positions)))
+    variance = full_types(covariance, axes)[tuple(slice(axis.classes) for axis in axes)]
+    drawn = np.zeros(variance.shape)
     for own in itertools.product((True, False), repeat=rank):
         part, shape, places = covariance, list[int](), list[int]()
         for k, (axis, anew) in enumerate(zip(axes, own, strict=True)):
@@ -251,10 +254,12 @@ def gaussian(
         matrix = square.reshape(*each, math.prod(classes), -1)
         values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
         factor = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
-        factor = factor.reshape(*each, *classes, -1)[np.ix_(*[labels[k] for k in mine])]
+        factor = factor.reshape(*each, *classes, -1)
+        drawn += (factor**2).sum(axis=-1).transpose(np.argsort([*mine, *others]))
+        factor = factor[np.ix_(*[labels[k] for k in mine])]
         noise = rng.standard_normal((replicates, *factor.shape[: len(mine)], factor.shape[-1]))
         ahead, behind = [rank, *mine, rank + 1], [*mine, *others, rank + 1]
         effect = np.einsum(noise, ahead, factor, behind, [rank, *range(rank)])  # pyright: ignore
         at = (np.arange(len(x)) if anew else x for x, anew in zip(labels, own, strict=True))
         out += effect[np.ix_(np.arange(replicates), *at)]
-    return out
+    return out * np.sqrt(np.maximum(variance, 0.0) / np.maximum(drawn, 1e-300))[np.ix_(*labels)]
