@@ -4,6 +4,8 @@ Shares of exact laws are of 20000 draws (standard error .1 %), that of drawn net
 300 draws lie inside once in 10⁶ times.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -182,3 +184,34 @@ def test_a_stream_and_what_reads_it_fluctuate_together():
         gate = 1 / (1 + np.exp(1 - logits))
         x = gate * np.maximum(branch, 0) + (1 - gate) * x
     assert 0.97 < inside(row.band, np.mean(x**2, axis=(1, 2))) < 0.9999
+
+
+class Pooled(nn.Module):
+    """A function of each place, of one layer or of a residual stream of two, averaged over places."""
+
+    of: Callable
+    stream: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(32, **NORMAL)(x)
+        x = x + nn.Dense(32, **NORMAL)(self.of(nn.Dense(32, **NORMAL)(x))) if self.stream else self.of(x)
+        return x.mean(axis=1)
+
+
+@pytest.mark.parametrize(("stream", "given"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("of", [np.tanh, np.asarray])
+def test_means_over_places_of_what_has_none(of, stream, given):
+    """Where places have nothing in common but the weights, their kernels overlap by chance: bands held 33 to 90 %."""
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((1, 4, 16, 8)).astype(np.float32)
+    x = data if given else rng.standard_normal((4000, 4, 16, 8))
+
+    def dense(x):
+        return x @ (rng.standard_normal((4000, 1, x.shape[-1], 32)) / np.sqrt(x.shape[-1]))
+
+    h = dense(x)
+    h = h + dense(of(dense(h))) if stream else of(h)
+    net = Pooled(nn.tanh if of is np.tanh else lambda x: x, stream)
+    row = vs.predict(net, data[0] if given else jax.ShapeDtypeStruct((4, 16, 8), jnp.float32), backward=False).output
+    assert 0.965 < inside(row.band, np.mean(h.mean(axis=2) ** 2, axis=(1, 2))) < 0.9999

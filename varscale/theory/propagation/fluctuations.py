@@ -49,13 +49,11 @@ from varscale.theory.propagation.inherited_fluctuations import (
     propagated,
     responses,
     root_responses,
-    shared,
-    weighted,
 )
 from varscale.theory.propagation.marginals import along, fluctuating, term_shares
 from varscale.theory.propagation.pullbacks import Cotangent
 from varscale.theory.propagation.shared_component import channel_scatter, of_an_average, of_few
-from varscale.theory.propagation.token_gram import normed_together
+from varscale.theory.propagation.token_gram import normed_together, shared, weighted
 
 
 def with_own_weights(spread: Spread, node: Node) -> Spread:

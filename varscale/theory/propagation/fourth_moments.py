@@ -50,7 +50,14 @@ from varscale.theory.propagation.marginals import (
     term_shares,
     uncentred,
 )
-from varscale.theory.propagation.token_gram import Tokens, overlap_before, own_part, patch_overlap, tokens_of
+from varscale.theory.propagation.token_gram import (
+    Tokens,
+    overlap_before,
+    own_part,
+    patch_overlap,
+    tokens_averaged,
+    tokens_of,
+)
 
 
 def kurtosis_shift(node: Apply) -> tuple[float, float]:
@@ -205,14 +212,14 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
 def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, ...]) -> np.ndarray:
     """E[g_i g_j] by type of a function of one root, from its Hermite coefficients and mean square by class.
 
-    Over draws the correlation ρ of two entries has a variance v (`_correlation_scatter`). Of n directions, v = 1/n, it has the
+    Over draws the correlation ρ of two entries has a variance v (`correlation_scatter`). Of n directions, v = 1/n, it has the
     fourth moment k v² with k = 3/(1 + 2v), as ρ + (−s, 0, s) has for s² = k v and weights (1, 2k − 2, 1)/2k: exact at n = 1.
     """
     rho = root.over(marginal(root.node).correlation, frame, pairs=True)
     ai, aj = (by_type(a, frame, second=second) for second in (False, True))
     alike = np.sqrt(means_by_type(whole, frame))
     out = power_series(ai * aj, rho)
-    v = root.over(_correlation_scatter(root.node), frame, pairs=True)
+    v = root.over(correlation_scatter(root.node), frame, pairs=True)
     if np.any(v > NEGLIGIBLE):
         k = 3 / (1 + 2 * v)
         ends = power_series(ai * aj, np.clip(rho + np.multiply.outer((-1, 1), np.sqrt(k * v)), -1, 1))
@@ -221,7 +228,7 @@ def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, .
 
 
 @once_per_node
-def _correlation_scatter(node: Node) -> np.ndarray:
+def correlation_scatter(node: Node) -> np.ndarray:
     """Variance over draws of the correlation of two tokens of one unit, by type: their inputs overlap by chance.
 
     What the weights of a unit add to it, whose squared norm is one for all tokens, is in `fluctuations.with_own_weights`.
@@ -233,16 +240,20 @@ def _correlation_scatter(node: Node) -> np.ndarray:
     if isinstance(node, Sum) and whole > 0:  # the mean of what is centred is 0, or below it by rounding
         for c, view in node.terms:
             share = c * c * view.node.table.mean_square / whole
-            inner = _correlation_scatter(view.node)
+            inner = correlation_scatter(view.node)
             out = out + share**2 * view.over(inner, node.axes, pairs=True)
+    rank, read = len(node.axes), list[tuple[View, Sequence[int]]]()
+    if tokens_averaged(node):
+        read = [(node.whole, [rank - 1])]
     for applied in applied_weights(node)[:1]:
         if isinstance(node, Conv):
             return _patch_scatter(node)
-        rank = len(node.axes)
-        x = tokens_of(applied.x, range(rank), range(rank, rank + len(node.params)))
+        read = [(applied.x, range(rank, rank + len(node.params)))]
+    for view, features in read:
+        x = tokens_of(view, tokens := {*view.bind} - {*features}, features)
         if x.tokens and x.features:
             own = min(own_part(x) / x.node.table.divisor, 1.0)
-            out = overlap_before(x, x) * own**2 * _of_one_unit(node, applied.x.bind)
+            out = overlap_before(x, x) * own**2 * _of_one_unit(node, tokens)
     return out
 
 

@@ -27,6 +27,7 @@ from varscale.theory.propagation.marginals import (
     largest_term,
     term_shares,
 )
+from varscale.theory.propagation.token_gram import shared, weighted
 
 SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
 # A fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's.
@@ -88,9 +89,6 @@ def _power(scale: Node, main: Node) -> float:
     return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
 
 
-_FORGOTTEN = 1e-5  # a ratio below which fluctuations are not propagated: a norm's, but for its epsilon
-
-
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """Fluctuations of a mean square."""
@@ -126,21 +124,6 @@ def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
         skew=sum(w * np.cbrt(s.skew) for w, s in terms) ** 3,  # terms fluctuate together, mostly
         places=weighted([(w, s.places) for w, s in terms]),
     )
-
-
-def weighted(terms: Sequence[tuple[float, dict[Hashable, float]]]) -> dict[Hashable, float]:
-    """A weighted sum of coefficients, source by source."""
-    (weight, sources), *others = [(w, s) for w, s in terms if s and abs(w) > _FORGOTTEN] or [(1.0, {})]
-    out = sources.copy() if weight == 1 else {key: weight * c for key, c in sources.items()}
-    for weight, sources in others:
-        for key, c in sources.items():
-            out[key] = out.get(key, 0.0) + weight * c
-    return out
-
-
-def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
-    """Covariance of two logarithms."""
-    return sum(c * b[key] for key, c in a.items() if key in b)
 
 
 @singledispatch

@@ -8,7 +8,8 @@ otherwise. To first order, with F(K) = E[f²] and G(K, C) = E over channels of (
 
 to which n channels add the covariance of (q_c, m_c²)/n, the mean square and the squared mean of one of them: where each reads
 few others (a depthwise convolution reads one), its (m, s) is far from normal, and follows from that of those read. A sum or an
-average over places has a weighted mean of both fluctuations.
+average over places has a weighted mean of both fluctuations. Of a mean over n places, s²/n is left in K, of a normal v; and v
+of two places overlap by chance (`token_gram`), which makes nets differ where places have nothing in common (m = 0).
 
 The law of one channel is a POPULATION, a few thousand drawn; m of different samples is jointly normal where many are read.
 It is known of products with random weights, functions of one, and averages; else C fluctuates as all of it.
@@ -24,21 +25,21 @@ from typing import NamedTuple, TypeGuard
 import numpy as np
 from scipy.special import ndtri
 
-from varscale.theory.domain.axes import average
+from varscale.theory.domain.axes import average, rest
 from varscale.theory.graph.convolutions import Conv, Dims, WindowSum
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import POINTS, read_off
-from varscale.theory.propagation.fourth_moments import fresh, origin
-from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP, Spread, combine, inherited, shared
+from varscale.theory.propagation.fourth_moments import correlation_scatter, fresh, origin
+from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP, Spread, combine, inherited
 from varscale.theory.propagation.marginals import concentrated, evaluate
+from varscale.theory.propagation.token_gram import before_units, own_part, shared, tokens_averaged, weighted
 
-_CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
+_CHANNELS, _POPULATION_SAMPLES = 2048, 16  # of a population, at most
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
 _MANY_CHANNELS = 8  # read together, from which on what they make is taken for normal: a matter of time
-_SHARED_BY_SAMPLES = 0.98  # share of what places have in common that samples share, too: they are as one
 _POINTS, _POINT_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _POINT_WEIGHTS = _POINT_WEIGHTS / _POINT_WEIGHTS.sum()
 
@@ -57,6 +58,13 @@ class Channels(NamedTuple):
     def own(self) -> np.ndarray:
         """Variance over places, s²."""
         return np.maximum(self.square - self.mean**2, 0.0)
+
+    def at_one_place(self, between: float) -> Channels:
+        """Where one place is left v is normal and part of m: correlated, in two samples, by ± the root of `between`."""
+        drawn = np.random.default_rng(2).standard_normal((len(self.mean), self.mean.shape[1] + 1))
+        v = math.sqrt(1 - math.sqrt(between)) * drawn[:, 1:] + between**0.25 * drawn[:, :1]
+        mean = self.mean + np.sqrt(self.own) * v
+        return self._replace(mean=mean, square=mean**2).of(*2 * [float(np.mean(self.square))])
 
     def totals(self) -> np.ndarray:
         """K and C."""
@@ -84,12 +92,22 @@ class Shared(NamedTuple):
 
 
 def of_an_average(node: Node, whole: Spread) -> Spread:
-    """What a sum or mean over places makes of the fluctuations of a mean square, `whole`, and of what places have in common."""
+    """What a sum or mean over places makes of the fluctuations of a mean square, `whole`, and of what places have in common.
+
+    Of a mean over n places, whose overlaps o_jk have the variance V, (1/n²) Σ o_jk varies by 2V, for each sample by itself.
+    """
     below = _averaged(node)
-    if below is None or (part := common_part(*below)).channels is None:
+    if below is not None and (part := common_part(*below)).channels is not None:
+        found = combine(list(zip(_shares_of_mean(node, *below), (whole, part.inherited), strict=True)))
+        whole = dataclasses.replace(whole, sources=found.sources, shift=found.shift, bend=found.bend)
+    if (x := tokens_averaged(node)) is None:
         return whole
-    found = combine(list(zip(_shares_of_mean(node, *below), (whole, part.inherited), strict=True)))
-    return dataclasses.replace(whole, sources=found.sources, shift=found.shift, bend=found.bend)
+    n = x.node.count(node.params)
+    scale = math.sqrt(2) * min(own_part(x) / n / node.table.divisor, 1.0)
+    overlaps: dict[Hashable, float] = {("overlap", y): scale * c for y, c in before_units(x.node, x).items()}
+    of_all = math.sqrt(n / x.node.count(x.tokens))
+    sources, places = (weighted([(1.0, whole.sources), (c, overlaps)]) for c in (of_all, 1.0))
+    return dataclasses.replace(whole, sources=sources, places=places)
 
 
 def channel_scatter(node: Node) -> float | None:
@@ -207,7 +225,10 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
         alone, together = _shares_of_mean(root, x, x_places)
         row = np.array([[alone, together], [0.0, 1.0]])
         found = read.channels._replace(read=row @ read.channels.read @ row.T)
-        return found.of(whole, common if places else whole * together)
+        if places:
+            return found.of(whole, common)
+        between = average(correlation_scatter(root), root.axes, apart=range(len(root.axes) - 1))
+        return found.of(whole, whole * together).at_one_place(min(between, 1.0))
     if np.any(root.table.mean):
         return None
     weight, *_, own = next(applied for applied in applied_weights(root) if applied.leaf.is_drawn)
@@ -217,7 +238,7 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
     else:
         others = frozenset(range(len(root.axes))).difference(own)
         between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
-        columns = 2 + (1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES)
+        columns = 2 + min(root.count(rest(root.axes, {*own, *places})), _POPULATION_SAMPLES)
         # Numbers that spread as a normal does, in random order.
         rng, even = np.random.default_rng(0), ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS)
         drawn = np.stack([rng.permutation(even) for _ in range(columns)], axis=1)

@@ -3,7 +3,8 @@
 The overlap o = mean over features of x_k·x_k' of two tokens, less what any two share, has mean zero; relative to what one token
 has of its own, V = E[o²], 1/D for white tokens of D features. An overlap is a weighted sum of others and what is its own,
 independent of them: a layer that mixes features keeps it and adds 1/D; an activation keeps the linear part (Price's theorem);
-branches of a stream add up as o = Σ w o_i; attention adds most (`rules.attention`). To leading order in V, of Gaussian tokens.
+branches of a stream add up as o = Σ w o_i; attention adds most (`rules.attention`), and a mean over tokens keeps what is their
+own. To leading order in V, of Gaussian tokens.
 
 Products of uncorrelated arrays made of the same tokens, or by the same weights, are not independent. Given what both were made
 of, entries of x at the tokens a and b have the covariance E[x_a x_b] + (own part of x) o_ab, of y likewise with the same o:
@@ -19,15 +20,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Container, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Container, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from varscale.theory.domain.axes import average, contract_axes, rest
 from varscale.theory.domain.tables import LEADING_ORDER, Axes, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits
-from varscale.theory.graph.expressions import Apply, Sum, alike, roots
+from varscale.theory.graph.expressions import Apply, Mean, Sum, alike, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import (
     Concat,
@@ -45,6 +46,8 @@ from varscale.theory.propagation.marginals import cofactors, concentrated, indep
 from varscale.theory.propagation.sampler import evenly
 
 _MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other, and how often
+_FORGOTTEN = 1e-5  # a ratio below which fluctuations are not propagated: a norm's, but for its epsilon
+Key = TypeVar("Key", bound=Hashable)
 _MIXTURES: Fact[Tokens, Mixture] = Fact()
 
 
@@ -91,35 +94,61 @@ def overlap(x: Tokens, y: Tokens | None = None) -> float:
     return min(max(covariance(x, y or x), 1 / x.count if y in (None, x) else 0.0), 1.0)
 
 
+def tokens_averaged(node: Node) -> Tokens | None:
+    """What a mean over places averages, with features along its last axis; None of other nodes, and of means over features."""
+    *tokens, feature = range(len(node.argument.axes)) if node.averages else (0,)
+    return Tokens(node.argument, tuple(tokens), (feature,)) if tokens and feature not in node.params else None
+
+
 def overlap_before(x: Tokens, y: Tokens) -> float:
     """The same of features of their own: of one array with itself, less what its features overlap by as if they were white."""
     return overlap(x, y) if x != y else max(overlap(x) - 1 / x.count, 0.0)
 
 
 def covariance(x: Tokens, y: Tokens) -> float:
-    """What two overlaps have in common. Given numbers were there before all else."""
-    other, later = sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]))
-    return _shared_with_earlier(later.node, later, other)
+    """What two overlaps have in common."""
+    return shared(by_source(x.node, x), by_source(y.node, y))
 
 
 @once_per_node
-def _shared_with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
-    """What the later one's sources have in common with the other, which lacks its own; of given ones measured over pairs."""
-    if is_known_array(node):
-        first, second = _measured(later), _measured(other)
-        return float(np.mean(first * second)) if first.shape == second.shape else 0.0
-    sources, weights, variance = mixture(later)
-    own = max(variance, 0.0) if later == other else 0.0
-    return own + sum(w * covariance(other, _copied(s)) for w, s in zip(weights, sources, strict=True) if w)
+def by_source(node: Node, x: Tokens) -> dict[Tokens, float]:
+    """Coefficients of o on independent overlaps of unit variance, each of which some tokens have of their own."""
+    sources, weights, variance = mixture(x)
+    read = [(w, by_source(s.node, s)) for s, w in zip(sources, weights, strict=True)]
+    return weighted([(1.0, {x: math.sqrt(max(variance, 0.0))}), *read])
 
 
-def _measured(x: Tokens) -> np.ndarray:
-    """The overlaps of each two given tokens, less what any two share, relative to what one has of its own."""
+@once_per_node
+def before_units(node: Node, x: Tokens) -> dict[Tokens, float]:
+    """The same without what is of its units, and of given numbers: of what random weights mixed before, what is drawn."""
+    sources, weights, _ = mixture(x)
+    inner = by_source if applied_weights(node) else before_units
+    found = weighted([(w, inner(s.node, s)) for s, w in zip(sources, weights, strict=True)])
+    return {y: c for y, c in found.items() if not is_known_array(y.node)}
+
+
+def weighted(terms: Sequence[tuple[float, dict[Key, float]]]) -> dict[Key, float]:
+    """A weighted sum of coefficients, source by source."""
+    (weight, sources), *others = [(w, s) for w, s in terms if s and abs(w) > _FORGOTTEN] or [(1.0, {})]
+    out = sources.copy() if weight == 1 else {key: weight * c for key, c in sources.items()}
+    for weight, sources in others:
+        for key, c in sources.items():
+            out[key] = out.get(key, 0.0) + weight * c
+    return out
+
+
+def shared(a: dict[Key, float], b: dict[Key, float]) -> float:
+    """Covariance of two logarithms."""
+    return sum(c * b[key] for key, c in a.items() if key in b)
+
+
+def _measured(x: Tokens) -> float:
+    """V of given tokens, over pairs."""
     others = rest(x.node.axes, (*x.tokens, *x.features))
     sizes = [x.node.count(axes) for axes in (others, *x[1:])]
     found = np.asarray(numbers(x.node), float).transpose([*others, *x.tokens, *x.features]).reshape(sizes)
     found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]
-    return _own_overlaps(found @ found.transpose(0, 2, 1))
+    return float(np.mean(_own_overlaps(found @ found.transpose(0, 2, 1)) ** 2))
 
 
 def _own_overlaps(pairs: np.ndarray) -> np.ndarray:
@@ -170,15 +199,8 @@ def own_beyond_pairs(second: np.ndarray, axes: Axes, tokens: Sequence[int]) -> f
 
 
 def mixture(x: Tokens) -> Mixture:
-    """Tokens that these are made of, and how their overlap is made of theirs; of given ones, none."""
+    """Tokens that these are made of, and how their overlap is made of theirs; of given ones, what is measured."""
     return _MIXTURES.once(x.node.graph, x, lambda: _made_of(x) or white(x))
-
-
-def _copied(x: Tokens) -> Tokens:
-    """What these are a copy of, centred and scaled perhaps: their overlaps are its own."""
-    while (own := mixture(x))[1:] == ([1.0], 0.0):
-        x = own.sources[0]
-    return x
 
 
 @functools.singledispatch
@@ -195,14 +217,20 @@ def white(x: Tokens) -> Mixture:
 def _made_of(x: Tokens) -> Mixture | None:
     """By the kind of node; None of what is as good as white."""
     node = x.node
-    if is_known_array(node):
-        return Mixture()
+    if is_known_array(node) and not isinstance(node, Rearranged):
+        return Mixture(variance=_measured(x))
     match node:
         case Rearranged():  # some of the features, or of their factors, have more of their own than all
             inner = x.before()
             return Mixture([inner], [1.0], 1 / x.count - 1 / inner.count)
         case Take():
             return _taken(x)
+        case Mean() if x.features == (len(node.axes) - 1,) and (inner := tokens_averaged(node)):
+            mean = own_part(inner) / inner.node.count(
+                node.params
+            )  # of n tokens, and what they have in common
+            share = float(np.clip(mean / max(own_part(x), 1e-300), 0, 1))
+            return Mixture([inner], [share], (1 - share**2) / x.count)
         case Gather() if len(node.params.row_axes) == 1:
             return _repeated(x, node)
         case Concat() if node.params[0] not in x.features:  # the largest part that is no padding tells all
