@@ -22,7 +22,7 @@ from varscale.theory.domain.axes import Axes, apply_axis, average, contract_axes
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import Conv, WindowMax, WindowSum
-from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, swapped
+from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, scale_and_shift, swapped
 from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
 from varscale.theory.graph.normal_form import derivative, mean_pullback
@@ -115,7 +115,7 @@ class _Path(NamedTuple):
     view: View  # the value, in the node's frame, or in that of what `over` reduces
     factor: float = 1.0  # product of the weights of the sums on the way
     slope: View | None = None  # derivative of the function on the way; None where it is 1
-    over: Any = None  # the reduction on the way, as the node's argument: its derivatives along it add up to 1
+    over: Any = None  # the reduction, or the windows, on the way, as the node's argument
     begins: Any = None
 
     @property
@@ -131,7 +131,8 @@ class _Path(NamedTuple):
 def forks(node: Node) -> tuple[list[Fork], float]:
     """The values at which paths from a sum or a function meet first, each looked for from the latest node down.
 
-    With them the relative error of the node's cotangent for paths of which one alone goes through a reduction.
+    With them the relative error of the node's cotangent for paths of which one alone goes through a reduction,
+    or through windows: of x less its mean over n neighbours 2/n, twice the weight with which a value meets itself.
     """
     begun = enumerate(_below(_Path(0, node.whole)) if isinstance(node, Apply | Sum) else ())
     waiting = [path._replace(branch=i, begins=path.view.node) for i, path in begun]
@@ -149,14 +150,15 @@ def forks(node: Node) -> tuple[list[Fork], float]:
                 before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
                 met[p.place] = before._replace(squares=before.squares + _both(p, q, axes))
             elif over and not (p.over and q.over):
-                ends = (q, p) if p.over else (p, q)
+                direct, through = ends = (q, p) if p.over else (p, q)
                 if _is_centred(node, *ends):
                     continue
                 if beside := _beside_its_mean(*ends, node.axes):
                     found.append(beside)
-                elif not any(isinstance(x.begins, Sum) for x in (p, q)):
+                elif not any(isinstance(x.begins, Sum) for x in ends):
                     reduced = over.node.argument.count(over.node.reduced)
-                    doubt = max(doubt, 2 * abs(p.factor * q.factor) / reduced)
+                    slope = through.slope.node.table.mean_square**0.5 if through.slope else 1.0
+                    doubt = max(doubt, 2 * abs(direct.factor * through.factor) * slope / reduced)
         found += met.values()
         if not pairs:
             waiting += [inner for path in here for inner in _below(path)]
@@ -171,7 +173,7 @@ def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
     """
     beside = tuple(p.view.bind[k] for k in q.over.node.reduced)
     kept = tuple(place for place in p.view.bind if place not in beside)
-    if kept != q.over.bind or q.view != q.view.node.whole:
+    if not beside or kept != q.over.bind or q.view != q.view.node.whole:
         return None
     if q.slope:
         q = q._replace(slope=q.slope.within(p.view.bind))
@@ -206,8 +208,9 @@ def _below(path: _Path) -> Iterator[_Path]:
             known = root.node.is_bits or isinstance(root.node, Array) or root in grouped
             if not known and (slope := derivative(node, root)) is not None:
                 yield path._replace(view=root.within(bind), slope=slope.within(bind))
-    elif node.follows_shifts and path.over is None and path.slope is None:
-        yield path._replace(view=node.argument.whole, over=path.view)
+    elif path.over is None and (isinstance(node, WindowSum) or (node.follows_shifts and path.slope is None)):
+        scale, _, view = scale_and_shift(node.argument.whole)
+        yield path._replace(view=view, factor=path.factor * scale, over=path.view)
 
 
 @functools.singledispatch

@@ -152,18 +152,25 @@ def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: Backwa
 
 @cross_by_kind.register
 def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) -> np.ndarray | None:
-    """Places of another array over the same grid, against the places that a window reads."""
+    """Places of another array over the same grid, or other windows over one array, against the places that a window reads."""
     x, (windows, xd, od) = node.argument, node.params
     if [axis.size for axis in dim_axes(x, xd)] != [axis.size for axis in dim_axes(node, od)]:
         return None  # a stride leaves places out, a border makes some
     at = {k: a.bind[o] for k, o in zip(xd, od, strict=True) if k is not None and o is not None}
-    out = cross(x.whole.within(at), b, frame)
-    for window, k in zip(windows, xd, strict=True):
-        if window is not None and k is not None:
+    y, theirs = b, [None] * len(windows)
+    if type(b.node) is WindowSum and (b.node.args, b.node.params[1:], b.bind) == (
+        node.args,
+        (xd, od),
+        a.bind,
+    ):
+        y, theirs = x.whole.within(at), b.node.params.windows
+    out = cross(x.whole.within(at), y, frame)
+    for window, other, k in zip(windows, theirs, xd, strict=True):
+        if k is not None and (window or other):
             axis = frame[at[k]]
-            counts = pair_counts(window_map(window, axis, axis), identity_map(axis))
-            out = apply_axis(full_along(out, at[k], axis), at[k], counts)
-    unsure(x.graph, "quadrature", x.near)
+            maps = (window_map(w, axis, axis) if w else identity_map(axis) for w in (window, other))
+            out = apply_axis(full_along(out, at[k], axis), at[k], pair_counts(*maps))
+    unsure(x.graph, "quadrature", max(x.near, y.node.near))
     return out
 
 
