@@ -294,7 +294,8 @@ def _square_coefficients(
     points = special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,)
     flat = (1,) * (len(frame) + 1)
     drawn = ({b: np.full(flat, np.interp(z, Z, line)) for b, line in lines.items()} for z in points)
-    squares = np.stack([np.asarray(evaluate(f, frame, fixed | at), float) ** 2 for at in drawn])
-    if squares.shape[-1] == 1:
+    squares = [np.square(evaluate(f, frame, fixed | at), dtype=float) for at in drawn]
+    if squares[0].shape[-1] == 1:
         return None
-    return squares.mean(axis=0) @ HERMITE, (squares**2).mean(axis=0) @ WEIGHTS
+    square, fourth = (sum(x**k for x in squares) / len(squares) for k in (1, 2))
+    return square @ HERMITE, fourth @ WEIGHTS

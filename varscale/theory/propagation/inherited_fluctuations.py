@@ -15,7 +15,7 @@ from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_
 from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
-from varscale.theory.integrals.hermite_series import WEIGHTS
+from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Scale, response
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
 from varscale.theory.propagation.marginals import (
@@ -72,14 +72,12 @@ def _varied_square(
     own = roots_of(factor)
     main = next(r for r in group if r in own)
     powers = {r: 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own if r in group}
-    table, at, out = main.node.table, at_means(own, frame), list[float]()
-    if table.variance >= NEGLIGIBLE * table.total_mean**2:
-        at[main] = grid(main, frame)
-    for ratio in ratios:
-        scaled = {r: x * ratio ** powers.get(r, 0.0) for r, x in at.items()}
-        line = over_classes(np.square(evaluate(factor, frame, scaled), dtype=float), frame)
-        out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
-    return out
+    table, at, scales = main.node.table, at_means(own, frame), np.array(ratios)
+    if spread := table.variance >= NEGLIGIBLE * table.total_mean**2:
+        at[main], scales = np.tile(grid(main, frame), len(ratios)), np.repeat(scales, POINTS)
+    at |= {r: at[r] * scales**power for r, power in powers.items()}
+    line = over_classes(np.square(evaluate(factor, frame, at), dtype=float), frame).reshape(len(ratios), -1)
+    return (line @ WEIGHTS if spread else line[:, 0]).tolist()
 
 
 def _power(scale: Node, main: Node) -> float:
