@@ -1,4 +1,4 @@
-"""Gradients of rows that are zero at initialization: queries of a decoder, branches that start at nothing."""
+"""Gradients of rows that are zero at initialization: queries of a decoder, branches that start at nothing, hidden places."""
 
 import drawn
 import flax.linen as nn
@@ -56,3 +56,30 @@ def test_gradient_at_a_row_of_zeros(model, shape, rows):
         assert row.second_moment == 0
         assert row.gradient_error_bound < 0.15
         assert drawn.agrees(row.gradient, row.gradient_error_bound, mean, deviation), (path, row.gradient, mean, deviation)
+
+
+class Hidden(nn.Module):
+    """A norm over places, of which the last ones are zeros: a mask, or padding, has made them so."""
+
+    norm: type
+    places: int = 12
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(48, name="in")(x)
+        kept = jnp.asarray(jnp.arange(self.places)[:, None] < 5, x.dtype)
+        x = x * kept if self.places == x.shape[1] else jnp.pad(x, ((0, 0), (0, self.places - x.shape[1]), (0, 0)))
+        made = self.norm(use_running_average=False) if self.norm is nn.BatchNorm else self.norm(num_groups=4)
+        return nn.Dense(32)(made(x))
+
+
+@pytest.mark.parametrize(("norm", "places"), [(nn.BatchNorm, 12), (nn.BatchNorm, 19), (nn.GroupNorm, 12)])
+def test_gradients_before_a_norm_of_which_some_places_are_zeros(norm, places):
+    """Its variance is a mean of fewer squares than it has places, not of places that are alike: 1/v is no three times 1/E[v].
+
+    Fixed draws: a sound row is off by four standard errors and 8 % once in 16000 times; the others were 40 % and 200 %.
+    """
+    model, shape = Hidden(norm, places), (4, 12, 24)
+    row = vs.predict(model, jax.ShapeDtypeStruct(shape, jnp.float32))["in"]
+    (measured,), (error,) = drawn.gradients(model, shape, {"in": (4, 12, 48)}, 100)
+    assert drawn.agrees(row.gradient, 0.08, measured, error), (row.gradient, measured, error)

@@ -332,11 +332,11 @@ def _projection(
 
 
 def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
-    """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions: 1/(1 − r), r = Var[v]/E[v]².
+    """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions, of relative variance r.
 
-    r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
-    independent ones (1/(1 − 2/n)); from r = .9 on, the factor stops at 10. In the gradient 1/v stands alone; forward, y is
-    normalised by itself. With power=1 a type's pairs are equal or free, as near places of a picture are, or far ones.
+    r is that of jointly Gaussian positions (`mean_squared_correlation`). By its own part, 2/n, v is a gamma variable and brings
+    1/(1 − 2/n), at most 10; by what positions share it is lognormal: 1 + r − 2/n. In the gradient 1/v stands alone; forward y
+    is normalised by itself. With power=1 a type's pairs are equal or free, as near places of a picture are, or far ones.
     """
     table = root.node.table
     second, outer = (mean_squared_correlation(m, root, scale, power) for m in (table.second, table.outer))
@@ -346,7 +346,9 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
         # A function of one normalised array, of as many axes.
         groups = (g for g in cofactors(term).values() if [len(s.bind) for s in g[1:]] == [len(scale.bind)])
         fixed += share**2 * (set(roots(term)) in map(set, groups))
-    return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9))
+    varied = 2 * (second - outer) * (1 - fixed)
+    own = min(2 / root.node.count(k for k, at in enumerate(root.bind) if at not in scale.bind), varied, 0.9)
+    return (1 + varied - own) / (1 - own)
 
 
 def _not_alone(root: View, scale: View) -> float:

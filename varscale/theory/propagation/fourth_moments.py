@@ -117,16 +117,26 @@ def _on_a_sphere(main: View, scales: Sequence[View]) -> tuple[float, bool]:
 
 
 def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power: int = 2) -> float:
-    """The mean of M_ij² / (E[x_i²] E[x_j²]), M given by type, over the pairs of positions that a norm of x averages over.
+    """The mean of M_ij², M given by type, over pairs of the positions that a norm of x averages over, by E[mean x²]².
 
     For jointly Gaussian x, Cov[x_i², x_j²] = 2 C_ij² + 4 m_i m_j C_ij = 2 (E[x_i x_j]² − m_i² m_j²). So a norm's variance v has
     Var[v]/E[v]² = 2 (this of E[x_i x_j] − this of m_i m_j), and 2 (this of C) for x less its mean. `scale` is v, a mean along
     the axes that it lacks. With power=1 it is the most that it can be where a type's pairs differ, but have one sign: ρ² ≤ |ρ|.
     """
-    table = main.node.table
-    sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
-    ratios = np.abs(np.clip(full_types(second, table.axes) / sizes, -1, 1)) ** power
-    return average(ratios, table.axes, (k for k, place in enumerate(main.bind) if place not in scale.bind))
+    table, axes = main.node.table, main.node.axes
+    sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), axes)
+    pairs = np.abs(np.clip(full_types(second, axes) / sizes, -1, 1)) ** power * sizes**2
+    over = {k for k, place in enumerate(main.bind) if place not in scale.bind}
+    return _over_squared_mean(pairs, table.diagonal, axes, over)
+
+
+def _over_squared_mean(pairs: np.ndarray, squares: np.ndarray, axes: Axes, over: Collection[int]) -> float:
+    """The mean over pairs along some axes, over the squared mean of squares there; averaged over the places that are held."""
+    pairs = contract_axes(pairs, {k: axes[k].any_pair for k in over})
+    squares = over_classes(squares, axes, over)
+    held = [axis for k, axis in enumerate(axes) if k not in over]
+    varied = np.where(squares > 0, pairs[equal(held)] / np.maximum(squares, 1e-150) ** 2, 1.0)
+    return float(over_classes(varied, held))
 
 
 def origin(node: Node) -> Node:
@@ -149,14 +159,7 @@ def fresh(node: Node, axes: Collection[int] | None = None) -> float:
         before = {j for k in over for j in axes_before(node, k)}
         if over == {k for k in range(len(node.axes)) if before.issuperset(axes_before(node, k))}:
             return fresh(node.argument, tuple(sorted(before)))
-    pairs, squares = square_pairs(node)
-    pairs = contract_axes(pairs, {k: node.axes[k].any_pair for k in over})
-    squares = over_classes(squares, node.axes, over)
-    # Places that are held are what they are: that some are larger than others is no chance.
-    held = [axis for k, axis in enumerate(node.axes) if k not in over]
-    pairs = pairs[equal(held)]
-    varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
-    excess = float(over_classes(varied, held)) - 1.0
+    excess = _over_squared_mean(*square_pairs(node), node.axes, over) - 1.0
     # Terms, and parts of what is joined, add what of their squares is not as in Gaussian arrays: of gates.
     joined = isinstance(node, Sum | Concat)
     for share, (part, bind) in zip(term_shares(node), node.args, strict=True) if joined else ():
