@@ -142,3 +142,18 @@ def test_classes_count_by_their_size_in_what_one_draw_shows():
     units = rng.chisquare(1, (4000, 256)) * np.concatenate([[100.0], np.ones(255)])
     squares = units.mean(axis=1) * rng.chisquare(64, 4000) / 64
     assert np.sum((squares < row.band[0]) | (squares > row.band[1])) <= 100
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_few_features(features):
+    """A sample's scale is a gamma variable, and truncated weights of a unit vary less than normal ones.
+
+    Of 40000 units, each with its own sample: means to four standard errors (6 false alarms in 100000) and 4 %; off by 9 and 6 %
+    where the law is lognormal and what weights do to it is taken to first order.
+    """
+    report = vs.predict(MLP("tanh", WIDTH, 1, gain=1.0), jax.ShapeDtypeStruct((256, features), jnp.float32), backward=False)
+    k_weights, k_input = jax.random.split(jax.random.key(0))
+    weights = vs.lecun_normal()(k_weights, (features, 40000))
+    squares = jnp.tanh(jnp.sum(weights * jax.random.normal(k_input, weights.shape), axis=0)) ** 2
+    error = float(squares.std()) / math.sqrt(40000)
+    assert report["Act_0"].second_moment == pytest.approx(float(squares.mean()), abs=4 * error + 0.04 * float(squares.mean()))

@@ -9,8 +9,8 @@ F(Q) = E[f(√Q z)²], then,
     in common         slope s and bend c: the means of F̃′ and F̃″, where F̃(t) = ln E[F] with the common part held at t
                       V → s²V,   κ → s³κ + 3 s²c V²
 
-and no order of an expansion in P has to be enough. What the law of Q beyond its two moments is worth is asked of a gamma law,
-which has the same: its tails are on the other side.
+and no order of an expansion in P has to be enough. In the mean what is not common to all places is a gamma variable, as mean
+squares of few Gaussian numbers are; what it is beyond its two moments is in doubt by what a lognormal one makes of it.
 """
 
 import dataclasses
@@ -88,18 +88,18 @@ def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
 
     whole, centre = max(min(math.log1p(scale.place), WIDEST), common), math.log(scale.growth)
     values = np.exp(log_f(centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
-    growth = other = float(_SHARES @ values)
-    if scale.place >= _NARROW:
-        nodes, weights = roots_genlaguerre(len(_NODES), 1 / scale.place - 1)
-        other = weights @ np.exp(log_f(centre + np.log(nodes * scale.place))[0]) / weights.sum()
+    growth = lognormal = float(_SHARES @ values)
     # The common part, and what is different at every place about it.
     t, own = centre - common / 2 + math.sqrt(common) * _NODES[:, None], whole - common
+    if (place := math.expm1(own)) >= _NARROW:
+        nodes, weights = roots_genlaguerre(len(_NODES), 1 / place - 1)
+        growth = float(_SHARES @ np.exp(log_f(t + np.log(nodes * place))[0]) @ weights / weights.sum())
     level, slope, bend = log_f(t - own / 2 + math.sqrt(own) * _NODES[None, :])
     weights = _SHARES * np.exp(level - level.max())
     weights = weights / weights.sum(axis=1, keepdims=True)
     first = np.sum(weights * slope, axis=1)
     second = np.sum(weights * (bend + slope**2), axis=1) - first**2
     s, c = float(_SHARES @ first), float(_SHARES @ second)
-    place = math.sqrt(max(math.log(float(_SHARES @ values**2) / growth**2), 0.0) / max(whole, 1e-12))
+    place = math.sqrt(max(math.log(float(_SHARES @ values**2) / lognormal**2), 0.0) / max(whole, 1e-12))
     skew = s**3 * scale.skew + 3 * s**2 * c * common**2
-    return Response(growth, math.copysign(place, s), s, skew, abs(growth - other) / growth)
+    return Response(growth, math.copysign(place, s), s, skew, abs(growth - lognormal) / growth)

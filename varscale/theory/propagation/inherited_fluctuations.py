@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from varscale.theory.domain.axes import Axes, over_classes
-from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE
+from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import Leaf, Node, View
@@ -184,10 +184,9 @@ def root_responses(node: Node) -> dict[Node, Response]:
     out: dict[Node, Response] = {}
     for root, (slope, curvature) in responses(node).items():
         spread = kernel(root)
-        scale = Scale(max(1 + spread.shift, NEGLIGIBLE), spread.point, spread.variance, spread.skew)
-        found = response(scale, slope, curvature, partial(_response_curve, node, root))
-        shape = 1 + min(max(curvature * spread.shape / 2, -LOOSE), LOOSE)
-        out[root] = dataclasses.replace(found, growth=found.growth * shape)
+        growth, place = max(1 + spread.shift, NEGLIGIBLE), max(spread.point + spread.shape, 0.0)
+        scale = Scale(growth, place, spread.variance, spread.skew)
+        out[root] = response(scale, slope, curvature, partial(_response_curve, node, root))
     return out
 
 
