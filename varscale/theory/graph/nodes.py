@@ -123,14 +123,6 @@ class Node(Marked):
 
     @property
     def table(self) -> Table:
-        if self._table is None and not self.graph.nested:
-            found, waiting = dict[int, Node]({self.id: self}), list[Node]([self])
-            for below in waiting:  # grows: what its moments are made from, each node once
-                new = {x.id: x for x in below.sources if x._table is None and x.id not in found}
-                found |= new
-                waiting += new.values()
-            for i in sorted(found):  # each after what it is made from itself
-                evaluated(self.graph, found[i]._computed)
         return self._table or evaluated(self.graph, self._computed)
 
     def _computed(self) -> Table:
