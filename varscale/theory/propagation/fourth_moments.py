@@ -33,7 +33,7 @@ from varscale.theory.graph.linear_nodes import (
     axes_before,
     unmoved,
 )
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
 from varscale.theory.propagation.marginals import (
@@ -288,11 +288,6 @@ def _square_coefficients(
 
     They are averaged over random bits, of which each entry has its own: a mask's.
     """
-    own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
-    if own is not None and own.gaussian:
-        m, s = own.mean, own.deviation
-        a = f.over(np.stack([m * m + s * s, 2 * m * s, math.sqrt(2) * s * s], axis=-1), frame, pairs=False)
-        return a, np.sum(a * a, axis=-1)
     lines = {b: over_classes(grid(b, frame), frame) for b in bits}
     points = special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,)
     flat = (1,) * (len(frame) + 1)
