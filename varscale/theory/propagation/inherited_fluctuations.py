@@ -42,17 +42,12 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     """
     out: dict[Node, tuple[float, float]] = {}
     for group in cofactors(node).values():
-        first = group[0].node
-        out[first] = tuple(np.add(out.get(first, 0.0), response_to(node, group)).tolist())
+        low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
+        slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
+        curvature = (high - 2 * middle + low) / SCALE_STEP**2 / middle
+        found, first = np.clip([slope, curvature], -_STEEPEST, _STEEPEST), group[0].node
+        out[first] = tuple((found + out.get(first, 0.0)).tolist())
     return out
-
-
-def response_to(node: Node, group: list[View]) -> tuple[float, float]:
-    """Ratio and curvature as the first of some roots varies, the others of the group with it."""
-    low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
-    slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
-    curvature = (high - 2 * middle + low) / SCALE_STEP**2 / middle
-    return min(max(slope, -_STEEPEST), _STEEPEST), float(min(max(curvature, -_STEEPEST), _STEEPEST))
 
 
 def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[np.ndarray, " ratios"]:
