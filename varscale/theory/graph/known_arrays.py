@@ -16,7 +16,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axes, rest, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, Table, estimate, estimated_products, over_frame
-from varscale.theory.graph.layout import Value
+from varscale.theory.graph.layout import Value, axes_along
 from varscale.theory.graph.linear_nodes import Permute, Rearranged, unmoved
 from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View, number, second_moments
 from varscale.theory.graph.store import Fact
@@ -119,7 +119,7 @@ def entries(x: Value) -> np.ndarray | None:
     if (found := numbers(x.node)) is None:
         return None
     atoms = [a for dim in x.dims for a in dim]
-    found = found.transpose([a.axis for a in atoms if a.axis is not None])
+    found = found.transpose(axes_along(x.dims))
     found = found[tuple(None if a.axis is None else slice(None) for a in atoms)]
     return np.broadcast_to(found, [a.size for a in atoms]).reshape(x.shape)
 
@@ -131,7 +131,7 @@ def note(x: Value, found: Callable[[], np.ndarray]) -> None:
     def over_axes() -> np.ndarray:
         values = found().reshape([a.size for a in atoms])
         values = values[tuple(0 if a.axis is None else slice(None) for a in atoms)]
-        return values.transpose(np.argsort([a.axis for a in atoms if a.axis is not None]))
+        return values.transpose(np.argsort(axes_along(x.dims)))
 
     if not is_known_array(x.node):
         MEASURED.put(x.node.graph, x.node.id, over_axes)
