@@ -324,14 +324,3 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     views = [unit.whole, *(View(v.node, tuple(b - (b > key) for b in v.bind)) for _, v in taken)]
     node = total(graph, [1.0, *(c for c, _ in taken)], mean.axes, views)
     return Value(affine(node, 1.0, offset + math.log(scale / powers.axes[key].size)), x.dims)
-
-
-@recognise("log")
-def log_softmax_of(interpreter: Context, x: Value) -> Value | None:
-    """The logarithm of a softmax over all of its logits: these less log Σ exp of them."""
-    node = x.node
-    if not isinstance(node, Softmax) or node.args != (node.argument.whole,):
-        return None
-    unit = node.graph.make(LogSumExp, node.row_axes, node.args, ((node.params,),))
-    whole = View(unit, tuple(node.rows))
-    return Value(total(node.graph, [1.0, -1.0], node.axes, [*node.args, whole]), x.dims)
