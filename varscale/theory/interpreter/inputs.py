@@ -179,18 +179,15 @@ def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
 
 
 def folded(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
-    """The outputs of an equation of known inputs, or of none; None where one is not known, or where a rule says more."""
+    """The outputs of an equation of known inputs; None where one is not known, or where a rule says more."""
     name, keyed = eqn.primitive.name, any(isinstance(x, Opaque) for x in ins)
     if name in ENTERED:
         return None
     if not keyed and (outs := without_entries(graph, eqn, ins)) is not None:
         return outs
-    if name == "rng_bit_generator" or (name in ELEMENTWISE_OR_LAYOUT and not keyed):
+    if not ins or name == "rng_bit_generator" or (name in ELEMENTWISE_OR_LAYOUT and not keyed):
         return None
-    if (
-        not (ins or name in ("iota", "random_seed"))
-        or sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED
-    ):
+    if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
         return None
     pairs = zip(ins, eqn.invars, strict=True)
     literal = [x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype) for x, v in pairs]

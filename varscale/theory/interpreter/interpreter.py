@@ -191,6 +191,4 @@ class Interpreter:
 
 
 # Complex numbers pass through these as they are.
-_WHOLE = (ENTERED - {"random_bits"}) | {
-    "complex", "real", "imag", "copy", "copy_p", "device_put",
-}  # fmt: skip
+_WHOLE = (ENTERED - {"random_bits"}) | {"complex", "real", "imag"}

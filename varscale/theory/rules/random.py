@@ -9,10 +9,9 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import Apply, factors, form, roots
 from varscale.theory.graph.layout import Value, full, renumbered, value
-from varscale.theory.graph.nodes import Array, Leaf, Node
+from varscale.theory.graph.nodes import Array, Leaf, Node, leaf
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
@@ -84,7 +83,7 @@ def _scaled_law(node: Node) -> ParameterLaw | None:
 
 def as_weight(interpreter: Context, x: Value) -> Value:
     """A parameter drawn by a chain on random bits, as a leaf of that law, times known numbers in it; else what it was."""
-    (graph, node), (scale, parts) = (interpreter.graph, x.node), factors(x.node.whole)
+    node, (scale, parts) = x.node, factors(x.node.whole)
     if known := [view for view in parts if isinstance(view.node, Array)]:
         drawn = [view.node for view in parts if view not in known]
         weight = as_weight(interpreter, Value(drawn[0], x.dims)).node if len(drawn) == 1 else node
@@ -98,11 +97,11 @@ def as_weight(interpreter: Context, x: Value) -> Value:
     found, *others = {law(part) or _scaled_law(part) for part in _drawn_slices(node)}
     if others or found is None:
         return x
-    axes = tuple(Axis(axis.size) for axis in node.axes)
-    values = None if found.values is None else np.frombuffer(found.values)
-    weight = graph.make(Leaf, axes, (), ("weight", node))
-    table = independent(found.mean, found.second_moment, axes)
-    return Value(weight.settle(table, odd=found.mean == 0, kurtosis=found.kurtosis, transport=values), x.dims)
+    (mean, square, kurtosis, numbers), axes = found, [Axis(axis.size) for axis in node.axes]
+    values = None if numbers is None else np.frombuffer(numbers)
+    name = "weight", node
+    made = leaf(interpreter.graph, name, axes, mean, square, odd=True, kurtosis=kurtosis, transport=values)
+    return Value(made, x.dims)
 
 
 def _drawn_slices(node: Node) -> list[Node]:
