@@ -33,20 +33,15 @@ class Marginal:
     mean: np.ndarray
     deviation: np.ndarray
 
-    @cached_property
-    def quantiles(self) -> np.ndarray | None:
-        """Values on the normal grid where it is not Gaussian, (classes..., points)."""
-        return quantiles(self.root)
-
     @property
     def gaussian(self) -> bool:
-        return self.quantiles is None
+        return quantiles(self.root) is None
 
     @cached_property
     def correlation(self) -> np.ndarray:
         """By type, of the normals behind it: those that give it its covariance (Nataf 1962); 1 where i = j."""
         root, table, axes = self.root, self.root.table, self.root.axes
-        covariance, scale, values = table.covariance, self.deviation, self.quantiles
+        covariance, scale, values = table.covariance, self.deviation, quantiles(self.root)
         known = isinstance(root, Leaf | Array) or root.moves or root.drawn is not None
         summed = isinstance(root, Sum) and not root.is_variance
         if root.positive and not known and not summed and np.all(table.mean > 0):  # lognormal: in closed form
@@ -59,8 +54,8 @@ class Marginal:
     @cached_property
     def values(self) -> np.ndarray:
         """On the normal grid, (classes..., points)."""
-        line = self.mean[..., None] + self.deviation[..., None] * Z
-        return line if self.quantiles is None else self.quantiles
+        line = quantiles(self.root)
+        return self.mean[..., None] + self.deviation[..., None] * Z if line is None else line
 
 
 @once_per_node
