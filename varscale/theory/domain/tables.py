@@ -178,7 +178,7 @@ def full_types(array: np.ndarray, frame: Axes) -> np.ndarray:
 
 def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
     """Broadcast to every type of the axis at place k."""
-    return np.broadcast_to(array, (*array.shape[:k], axis.types, *array.shape[k + 1 :]))
+    return np.broadcast_to(array, replaced(array.shape, k, axis.types))
 
 
 def estimate(values: np.ndarray, axes: Axes) -> Table:
@@ -236,7 +236,7 @@ def gaussian(
     """
     labels = [axis.label_array[kept] for axis, kept in zip(axes, positions, strict=True)]
     rank, out = len(axes), np.zeros((replicates, *map(len, positions)))
-    variance = full_types(covariance, axes)[tuple(slice(axis.classes) for axis in axes)]
+    variance = full_types(covariance, axes)[equal(axes)]
     drawn = np.zeros(variance.shape)
     for own in itertools.product((True, False), repeat=rank):
         part, shape, places = covariance, list[int](), list[int]()

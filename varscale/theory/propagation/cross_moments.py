@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, join, rest
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, join, replaced, rest
 from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
 from varscale.theory.domain.tables import full_along, full_types, lift, means_by_type, over_frame, regrouped
 from varscale.theory.graph.convolutions import ONE, WindowMax, WindowSum
@@ -195,7 +195,7 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Axes) -> np.ndarr
 def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Two slices of things over one axis, or a slice and all of it, which meet where one position is in both."""
     (x, mine), k = _opened(a), node.params[0]
-    if (x.node.axes, x.bind) == (b.node.axes, (*b.bind[:k], -1, *b.bind[k + 1 :])):
+    if (x.node.axes, x.bind) == (b.node.axes, replaced(b.bind, k, -1)):
         return _read_together(x, mine, b, _all_entries(b, [k]), frame)
     if isinstance(b.node, Take) and b.node.argument.axes[b.node.params[0]].size == x.node.axes[k].size:
         return _read_together(x, mine, *_opened(b), frame)
@@ -349,7 +349,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.nda
         wide = (range(at, at + more + 1) if p == at else [p + more * (p > at)] for p in bind)
         views.append(View(x, tuple(itertools.chain(*wide))))
     factors = (_axis_at(p, views, axis) for p, axis in enumerate(split_axis(frame[at], sizes).axes, at))
-    wide = (*frame[:at], *factors, *frame[at + 1 :])
+    wide = replaced(frame, at, *factors)
     return regrouped(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
 
 
