@@ -18,7 +18,7 @@ import numpy as np
 from varscale.theory.domain.axes import outer, over_classes
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Axes
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
+from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat, Merge, weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import HOWS, once_per_node
@@ -119,8 +119,7 @@ def mark_average(f: Sequence[View], scale: View, frame: Axes) -> None:
         sizes = [np.abs(evaluate(x, frame, env)).reshape(-1, 2).max(axis=0) for x in of_scale]
         up, down = np.log(np.maximum(np.prod(sizes, axis=0) ** 2, 1e-300))
         power = float(up - down) / (2 * NEGLIGIBLE)
-    squares = scale.node.args[0].node if isinstance(scale.node, Mean) else None
-    of_squares = isinstance(squares, Apply) and squares.params == ("integer_pow", (2,))
+    of_squares = scale.node.averages and scale.node.argument.params == ("integer_pow", (2,))
     if not ((of_squares or scale.node.is_variance) and abs(power + 1) < _NORM):
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
