@@ -247,10 +247,8 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         if scope and any(w.deps & x.deps for w in weights for x in others):
             # Drawn apart, weights and what was made with them outside would be unrelated.
             raise CannotDraw("random weights that it reads were applied before it")
-        out, names = (
-            _outputs(interpreter, jaxpr, operands, eqn.params["nudged"], not scope),
-            jaxpr.jaxpr.outvars,
-        )
+        out = _outputs(interpreter, jaxpr, operands, eqn.params["nudged"], not scope)
+        names = jaxpr.jaxpr.outvars
         return [out[names.index(v)] for v in names]  # an array that two modules put out is one
     except Exception as error:  # whatever is raised on numbers that equations were not written for
         if not interpreter.ask_for(error):  # moments of what it reads could be worked out
