@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory.domain.axes import MOST_TYPES, Axis, affordable, averaging, labelled
+from varscale.theory.domain.axes import MOST_TYPES, Axis, affordable, average, labelled
 from varscale.theory.domain.tables import Table, estimate, lift
 
 PICTURE = jax.ShapeDtypeStruct((8, 16, 16), jnp.float32)
@@ -28,8 +28,8 @@ def test_classes_given_up_leave_exact_averages():
             np.testing.assert_allclose(table.mean, expected.mean)
             np.testing.assert_allclose(table.second, expected.second)
         assert table.mean_square == pytest.approx(expected.mean_square)
-        every = averaging(coarse, frozenset(range(3)))
-        assert every @ table.second.ravel() == pytest.approx(every @ expected.second.ravel())
+        whole, truth = (average(x.second, coarse, free=range(3)) for x in (table, expected))
+        assert whole == pytest.approx(truth)
 
 
 def test_an_array_of_windows_is_affordable():

@@ -152,6 +152,11 @@ def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     return (matrix @ flat).reshape(*before, len(matrix), *after)
 
 
+def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
+    """Broadcast to every type of the axis at place k."""
+    return np.broadcast_to(array, replaced(array.shape, k, axis.types))
+
+
 def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     """Sum one axis away under `weights`; along it the array is constant where it is 1 long."""
     before, n, after = array.shape[:axis], array.shape[axis], array.shape[axis:][1:]
@@ -216,25 +221,10 @@ def outer(weights: Iterable[np.ndarray]) -> np.ndarray:
     return reduce(np.multiply.outer, weights, np.array(1.0))
 
 
-@cache
-def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
-    """The share of an array's elements in each combination of classes, row-major."""
-    return outer(axis.counts / axis.size for axis in axes).ravel()
-
-
-@cache
-def averaging(
-    axes: tuple[Axis, ...], free: frozenset[int] = frozenset(), apart: frozenset[int] = frozenset()
-) -> Float[np.ndarray, " types"]:
-    """Weights of a type array, row-major, that average over pairs: free along some axes, apart or equal along the others."""
-    weights = (a.any_pair if k in free else a.different if k in apart else a.same for k, a in enumerate(axes))
-    return outer(weights).ravel()
-
-
-def average(second: np.ndarray, axes: Axes, free: Iterable[int] = (), apart: Iterable[int] = ()) -> float:
+def average(second: np.ndarray, axes: Axes, free: Collection[int] = (), apart: Collection[int] = ()) -> float:
     """A type array (1 long where constant), averaged over pairs: free along some axes, apart or equal along the others."""
-    weights = averaging(tuple(axes), frozenset(free), frozenset(apart))
-    return float(weights @ np.broadcast_to(second, [axis.types for axis in axes]).ravel())
+    weights = (a.any_pair if k in free else a.different if k in apart else a.same for k, a in enumerate(axes))
+    return float(contract_axes(second, dict(enumerate(weights))))
 
 
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axes, Axis, apply_axis, equal, outer, replaced, shares, without_equal
+from varscale.theory.domain.axes import Axes, apply_axis, equal, outer, over_classes, replaced, without_equal
 from varscale.theory.domain.axis_maps import class_shares, lift_types, split_axis
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
@@ -85,17 +85,17 @@ class Moments:
 class Table:
     """Moments of an array: `diagonal` is E[x_i²] by class, `outer` E[x_i] E[x_j] by type, `covariance` E[x_i x_j] less that."""
 
-    axes: tuple[Axis, ...]
+    axes: Axes
     mean: np.ndarray  # E[x_i] by class, (C₁, ..., C_k)
     second: np.ndarray  # E[x_i x_j] by type of index pair, (types₁, ..., types_k)
 
     @cached_property
     def total_mean(self) -> float:
-        return float(shares(self.axes) @ self.mean.ravel())
+        return float(over_classes(self.mean, self.axes))
 
     @cached_property
     def mean_square(self) -> float:
-        return float(shares(self.axes) @ self.diagonal.ravel())
+        return float(over_classes(self.diagonal, self.axes))
 
     @cached_property
     def divisor(self) -> float:
@@ -124,7 +124,7 @@ def means_by_type(mean: np.ndarray, axes: Axes, other: np.ndarray | None = None)
     return by_type(mean, axes, second=False) * by_type(mean if other is None else other, axes, second=True)
 
 
-def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Table:
+def independent(mean: float, second_moment: float, axes: Axes) -> Table:
     """Independent entries with one mean and second moment."""
     mean = float(mean)
     second = np.full([a.types for a in axes], mean * mean)
@@ -174,11 +174,6 @@ def full_types(array: np.ndarray, frame: Axes) -> np.ndarray:
     """Broadcast to every type of the frame."""
     shape = tuple([axis.types for axis in frame])
     return array if array.shape == shape else np.broadcast_to(array, shape)
-
-
-def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
-    """Broadcast to every type of the axis at place k."""
-    return np.broadcast_to(array, replaced(array.shape, k, axis.types))
 
 
 def estimate(values: np.ndarray, axes: Axes) -> Table:

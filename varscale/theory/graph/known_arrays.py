@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, rest, shares
+from varscale.theory.domain.axes import Axes, over_classes, rest
 from varscale.theory.domain.tables import NEGLIGIBLE, Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value, axes_along
 from varscale.theory.graph.linear_nodes import Permute, Rearranged, unmoved
@@ -42,7 +42,8 @@ class Computed(Leaf):
 
 
 @second_moments.register
-def second_moments_of_computed(node: Computed) -> Table:
+def second_moments_of_given(node: Array | Computed) -> Table:
+    """Those of its own numbers, pooled by class and type."""
     return estimate(_values(node), node.axes)
 
 
@@ -69,8 +70,7 @@ def scales_samples(views: Sequence[View], frame: Axes, curved: bool) -> bool:
     read = [node for node, bind in views if 0 in bind and len(frame) - 1 not in bind]
     tables = (x.table for x in read if x.is_input or (not curved and is_known_array(x)))
     untold = any(
-        t.mean_square - np.square(t.mean).ravel() @ shares(t.axes) > NEGLIGIBLE * t.mean_square
-        for t in tables
+        t.mean_square - over_classes(np.square(t.mean), t.axes) > NEGLIGIBLE * t.mean_square for t in tables
     )
     return untold and any(node.deps & ~node.graph.inputs for node, _ in views)
 

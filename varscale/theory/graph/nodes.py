@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from varscale.theory.domain.axes import Axes, Axis
-from varscale.theory.domain.tables import Table, estimate, independent, lift
+from varscale.theory.domain.tables import Table, independent, lift
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows, Marked, evaluated
 
 Pullback = Callable[[np.ndarray], np.ndarray]
@@ -269,11 +269,6 @@ class Array(Node):
     def over(self, axes: Axes) -> Array:
         """The same numbers, over axes with other classes."""
         return self.graph.make(Array, axes, (), self.params)
-
-
-@second_moments.register
-def second_moments_of_array(node: Array) -> Table:
-    return estimate(node.values, node.axes)
 
 
 def number(graph: Graph, value: float) -> Node:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, join, replaced, rest
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, full_along, join, replaced, rest
 from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
-from varscale.theory.domain.tables import full_along, full_types, lift, means_by_type, over_frame, regrouped
+from varscale.theory.domain.tables import full_types, lift, means_by_type, over_frame, regrouped
 from varscale.theory.graph.convolutions import ONE, WindowMax, WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
@@ -106,7 +106,7 @@ def _largest_correlation(a: View, b: View) -> float:
     bound = 1.0
     for mine, other in ((a, b), (b, a)):
         table = mine.node.table
-        spare = (k for k, place in enumerate(mine.bind) if place not in other.bind)
+        spare = [k for k, place in enumerate(mine.bind) if place not in other.bind]
         averaged = average(table.second, table.axes, spare) - table.total_mean**2
         bound *= (min(max(averaged, 0.0), table.variance) / max(table.variance, 1e-300)) ** 0.5
     return bound

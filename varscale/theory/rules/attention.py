@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, average, contract_axis, shares
+from varscale.theory.domain.axes import apply_axis, average, contract_axis, full_along, over_classes
 from varscale.theory.domain.axis_maps import lift_types
-from varscale.theory.domain.tables import full_along, lift
+from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import View
@@ -206,7 +206,7 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     drawn = (p.seen * p.weights.square - mean**2 / np.maximum(p.seen, 1e-300)).sum(-1)
     squares = contract_axis(p.table.second, p.params, p.keys.same) * p.keys.size
     own = max(own_beyond_pairs(squares, p.row_axes, rows), 1e-300)
-    chance = np.clip(shares(p.row_axes) @ drawn.ravel() / own, 0, 1)
+    chance = float(np.clip(over_classes(drawn, p.row_axes) / own, 0, 1))
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
     gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
     tilt = min(max(gain / max(own_part(x), 1e-300), 0.0), 1.0)
@@ -231,7 +231,7 @@ def of_alike_keys(weights: View, values: View, node: Any, square: float) -> floa
     logits = np.moveaxis(np.broadcast_to(p.args[0].second(p.axes), p.frame_types), p.params, -1)
     alike = _beyond_any_two(p.of_one(logits), p.seen) * (p.seen > 1)
     part = p.seen / np.maximum(p.seen.sum(-1, keepdims=True), 1e-300)
-    varied = shares(p.row_axes) @ (part**2 * (1 - part) ** 2 * alike).reshape(-1, c)
+    varied = over_classes(part**2 * (1 - part) ** 2 * alike, p.row_axes)
     table = values.node.table.second
     for k in reversed(range(len(values.bind))):
         own, here = values.node.axes[k], values.bind[k] == place

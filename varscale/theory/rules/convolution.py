@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, outer
+from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, full_along, outer
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, identity_map, pair_counts
-from varscale.theory.domain.tables import Table, full_along, means_by_type
+from varscale.theory.domain.tables import Table, means_by_type
 from varscale.theory.graph.convolutions import (
     Conv,
     ConvParams,

@@ -16,7 +16,7 @@ from scipy import special
 
 from varscale import _compat
 from varscale.programs.pieces import is_key
-from varscale.theory.domain.axes import Axes, Axis, by_level, shares
+from varscale.theory.domain.axes import Axes, Axis, by_level, over_classes
 from varscale.theory.domain.tables import LOOSE, NEXT_ORDER, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
@@ -203,7 +203,7 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     spread = dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
     if len(node.axes) > 1:  # places of one class differ in scale by more than sampling their units does
         logs = pooled(np.log(np.maximum(numbers.mean(axis=-1), 1e-150)), node.axes[:-1], node.positions[:-1])
-        varied = float(shares(logs.axes) @ (logs.diagonal - logs.mean**2).ravel())
+        varied = float(over_classes(logs.diagonal - logs.mean**2, logs.axes))
         own = varied - math.log1p(inherited.point) - math.log1p(fresh(node, (len(node.axes) - 1,)))
         spread.places["drawn", node.id] = math.sqrt(max(own, 0.0))
     return spread
