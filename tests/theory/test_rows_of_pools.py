@@ -86,3 +86,26 @@ def test_a_norm_whose_product_with_its_own_function_is_averaged():
     row = vs.predict(Normalised(), jax.ShapeDtypeStruct((4, 8, 8, 16), "float32"), draws=20)["BatchNorm_0"]
     assert row.gradient_holds
     assert row.gradient == pytest.approx(row.measured_gradient, rel=0.1)
+
+
+class Saturated(nn.Module):
+    """The largest of windows, of which those at borders have fewer entries."""
+
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(16, name="row")(x))
+        return nn.Dense(16)(nn.max_pool(x, (3, 3), (self.stride, self.stride), "SAME"))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_what_saturates_in_small_windows(stride):
+    """A window at a border has a smaller largest entry, at which tanh is steeper.
+
+    Fixed draws: a sound row is off by four standard errors and 12 % once in 16000 times; one for full windows is 40 % too low.
+    """
+    model, shape = Saturated(stride), (4, 8, 8, 16)
+    row = vs.predict(model, jax.ShapeDtypeStruct(shape, jnp.float32))["row"]
+    (measured,), (error,) = drawn.gradients(model, shape, {"row": shape}, 200)
+    assert drawn.agrees(row.gradient, 0.12, measured, error), (row.gradient, measured, error)

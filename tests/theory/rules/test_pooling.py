@@ -66,6 +66,27 @@ def test_gradients_of_windows_that_share_their_largest_entry(taps, stride, right
     assert row.gradient == pytest.approx(right, rel=0.02)
 
 
+class Largest(nn.Module):
+    """The largest of windows, of which those at borders have fewer entries."""
+
+    taps: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(16)(
+            nn.max_pool(nn.Dense(16, name="row")(x), (self.taps, self.taps), (self.stride, self.stride), "SAME")
+        )
+
+
+@pytest.mark.parametrize(("taps", "stride"), [(3, 2), (3, 1), (5, 2), (2, 2)])
+@pytest.mark.parametrize("size", [7, 8])
+def test_each_window_passes_its_gradient_to_one_entry(taps, stride, size):
+    """As many numbers flow back as there are windows; they are independent."""
+    row = vs.predict(Largest(taps, stride), jax.ShapeDtypeStruct((4, size, size, 16), jnp.float32))["row"]
+    assert row.gradient == pytest.approx((-(-size // stride) / size) ** 2, rel=1e-6)
+
+
 def blurred(x, taps):
     """A picture whose channels are each convolved with one known kernel."""
     kernel = jnp.broadcast_to(jnp.outer(taps, taps)[..., None, None] / taps.sum() ** 2, (len(taps), len(taps), 1, x.shape[-1]))

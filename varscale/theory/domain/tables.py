@@ -99,8 +99,8 @@ class Table:
 
     @cached_property
     def divisor(self) -> float:
-        """The mean square, for what is relative to it: never 0."""
-        return max(self.mean_square, 1e-300)
+        """The mean square, for what is relative to it: never 0, nor is its square."""
+        return max(self.mean_square, 1e-150)
 
     @cached_property
     def variance(self) -> float:

@@ -197,3 +197,8 @@ class WindowMax(WindowSum):
         self.odd = 0
         # Of many entries, which are alike, one is less of an extreme: LEADING_ORDER at four of them.
         self.gradient_doubt = LEADING_ORDER * math.log2(taps_of(self)) / 2
+
+    def entries(self) -> list[np.ndarray]:
+        """By dimension and class of windows, how many entries one has: fewer at a border; 1 where it is not pooled."""
+        taps = self.maps(AxisMap.means)
+        return [np.ones(1) if own is None else np.maximum(own.sum(axis=1), 1.0) for own in taps]

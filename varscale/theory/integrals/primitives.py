@@ -75,8 +75,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mul": np.multiply,
     "square": np.square,
     "div": _guard(np.divide),
-    "max": np.maximum,
-    "min": np.minimum,
+    "max": lambda x, y, tie=0.5: np.maximum(x, y),  # `tie`: what of a cotangent each of two equal numbers has
+    "min": lambda x, y, tie=0.5: np.minimum(x, y),
     "neg": np.negative,
     "rem": _guard(np.fmod),
     "exp": lambda x: np.exp(np.minimum(x, 300.0)),
@@ -102,6 +102,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     # Powers that activations and variances take go by multiplication: NumPy's own takes ten times as long.
     "integer_pow": _guard(lambda x, y: x * x if y == 2 else x * x * x if y == 3 else np.power(x, float(y))),
     "power": _guard(np.power),
+    # √P(x is the largest, given it) of n normal numbers, m times, for all (n, m); up to a factor.
+    "largest": lambda x, numbers: np.sqrt(sum(n * m * special.ndtr(x) ** (n - 1) for n, m in numbers)),
     "convert": _convert,
     "bitcast": _bitcast,
 }
@@ -113,14 +115,23 @@ POSITIVE = {*_NOT_NEGATIVE.split(), *COMPARISONS}
 _FIRST_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
 
 
+# Derivatives by argument k of what has kinks, there as JAX has them.
+_AT_KINKS: dict[str, Callable[..., np.ndarray]] = {
+    "abs": lambda k, x: np.where(x < 0, -1.0, 1.0),
+    "clamp": lambda k, low, x, high: (low < x) & (x < high),
+    "max": lambda k, x, y, tie=0.5: np.where(x == y, tie, (x > y) != k),
+    "min": lambda k, x, y, tie=0.5: np.where(x == y, tie, (x < y) != k),
+}
+
+
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
     """The NumPy function of a primitive; "∂k name" is ∂f/∂(argument k), by a central difference: to 1e-9 where f is smooth."""
     if not name.startswith("∂"):
         f = FUNCTIONS[name]
         return (lambda *xs: f(*xs, *extra)) if extra else f
     whole, k = function(name[2:], extra), int(name[1])
-    if name[2:] == "max":  # of known zeros a rectifier lets nothing pass
-        return lambda *xs: (xs[k] > xs[1 - k]).astype(float)
+    if slope := _AT_KINKS.get(name[2:]):
+        return lambda *xs: slope(k, *xs, *extra)
     share, least = _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP
 
     def derivative(*xs: np.ndarray) -> np.ndarray:

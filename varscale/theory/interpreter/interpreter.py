@@ -43,7 +43,7 @@ from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _DERIVATIVES = {"jvp", "transpose"}
 _SCALING, _LINEAR = ("mul", "div", "select_n"), ("add", "add_any", "sub", "neg", "convert", "stop_gradient")
-_NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding of what is zero
+_NUDGE = 1e-30  # variance: that of a number, `marginals`, and far above rounding of what is zero
 
 
 class Interpreter:
@@ -54,6 +54,7 @@ class Interpreter:
         self.place: Place | None = None  # where the walk is and keeps rows; None where it keeps none
         self.entering: Any = None  # the equation that is being interpreted there
         self.used: frozenset[Any] = frozenset()  # variables that are read of the jaxpr that is run
+        self.tie = 0.5  # what of a cotangent each of two equal numbers has, of which one is the largest
         self.nudged: Collection[str] = ()  # rows of modules that get noise, to differentiate by
         self.nudges: dict[Node, Node] = {}  # by what it was added to: the noise
         self.steps: list[int] = []  # which steps of loops over layers it is in
@@ -141,8 +142,10 @@ class Interpreter:
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""
-        name, outer = eqn.primitive.name, self.graph.origin
+        name, outer = eqn.primitive.name, (self.graph.origin, self.tie)
         self.graph.origin = eqn
+        if name == "custom_jvp_call":  # rectifiers have a derivative of their own at 0, which is 0
+            self.tie = 0.0
         if self.place is not None:
             self._places[eqn] = self.place
         try:
@@ -162,7 +165,7 @@ class Interpreter:
         except Exception as error:
             raise located(error, eqn) from error
         finally:
-            self.graph.origin = outer
+            self.graph.origin, self.tie = outer
 
     concrete = staticmethod(concrete)
 

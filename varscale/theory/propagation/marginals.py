@@ -24,6 +24,9 @@ from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, POINTS, Z,
 from varscale.theory.integrals.primitives import function
 from varscale.theory.propagation.cross_moments import cross_covariance
 
+# A deviation below which values are one number: at a kink what noise makes of it depends on its sign.
+_NUMBER = 1e-10
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Marginal:
@@ -54,8 +57,8 @@ class Marginal:
     @cached_property
     def values(self) -> np.ndarray:
         """On the normal grid, (classes..., points)."""
-        line = quantiles(self.root)
-        return self.mean[..., None] + self.deviation[..., None] * Z if line is None else line
+        line, varied = quantiles(self.root), np.where(self.deviation > _NUMBER, self.deviation, 0.0)
+        return self.mean[..., None] + varied[..., None] * Z if line is None else line
 
 
 @once_per_node

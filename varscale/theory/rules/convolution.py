@@ -215,7 +215,7 @@ def quantiles_of_window_max(root: WindowMax, table: Table, deviation: np.ndarray
 def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and mean square by class of window: of as many places as are in the array, of the mean square that they have."""
     windows, table, taps = node.params.windows, node.argument.table, node.maps(AxisMap.means)
-    counts = [np.ones(1) if own is None else np.maximum(own.sum(axis=1), 1.0) for own in taps]
+    counts = node.entries()
     shares = [None if own is None else own / n[:, None] for own, n in zip(taps, counts, strict=True)]
     squares = node.carried(table.diagonal, shares) / table.divisor
 
@@ -236,10 +236,12 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pullback.register
 def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
-    """Each window feeds one entry, and two that share o of their n entries feed one where it is the largest of all 2n − o."""
+    """Each window feeds one of its n entries, and two that share o feed one where it is the largest of all 2n − o."""
     (windows, xd, od), x, taps = node.params, node.argument, taps_of(node)
     read = zip(windows, dim_axes(x, xd), dim_axes(node, od), strict=True)
     same = [None if w is None else adjoint(tap_pairs(w, a, o)[0], o, a) for w, a, o in read]
+    n = np.broadcast_to(by_axis(outer(node.entries()), od), [axis.classes for axis in node.axes])
+    cotangent = cotangent * np.sqrt(means_by_type(taps / n, node.axes))
     own, spread = (node.carried(cotangent, maps, back=True) for maps in (same, node.maps(cotangent_counts)))
     diagonal = equal(x.axes)
     overlaps = (w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in windows if w is not None)

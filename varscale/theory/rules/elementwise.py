@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, over_classes, pool, refine, rest
+from varscale.theory.domain.axes import Axes, Axis, outer, over_classes, pool, refine, rest
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
-from varscale.theory.graph.convolutions import WindowMax, taps_of
+from varscale.theory.graph.convolutions import WindowMax, dim_axes, hits
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots
 from varscale.theory.graph.layout import Dim, Value, axes_along, full, renumbered
 from varscale.theory.graph.linear_nodes import weight_of
@@ -41,7 +41,7 @@ from varscale.theory.rules.registry import RECOGNISERS, RULES, Complex, Context,
 
 MASKED = -1e4  # a number below this is a mask
 # What jax names otherwise, or has static parameters of its own.
-_OWN = {"affine", "convert", "bitcast", "power", *IDENTITIES}
+_OWN = {"affine", "convert", "bitcast", "power", "largest", *IDENTITIES}
 
 
 @rule(*(FUNCTIONS.keys() - _OWN), entrywise=True)
@@ -52,7 +52,8 @@ def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
             return unit
     if len(xs) == 2 and (known := compared(interpreter, name, eqn.outvars[0].aval.shape, *xs)) is not None:
         return known
-    return interpreter.elementwise(name, *xs, extra=(eqn.params["y"],) if name == "integer_pow" else ())
+    extra = {"integer_pow": eqn.params.get("y"), "max": interpreter.tie, "min": interpreter.tie}
+    return interpreter.elementwise(name, *xs, extra=(extra[name],) if name in extra else ())
 
 
 @rule("convert_element_type", "bitcast_convert_type", entrywise=True)
@@ -218,23 +219,27 @@ def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNot
 
 @selected.register
 def selected_by_extreme(node: Extreme | WindowMax) -> View | None:
-    """√P(an entry is the largest, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones, or f of such."""
+    """√P(an entry is the largest, given it): P = Φ(z)^(n − 1) of n independent Gaussian ones, or f of such.
+
+    Of windows, which have fewer entries at borders, P is Σ m n Φ(z)^(n − 1) up to a factor, m as many as have n.
+    """
     x = node.argument
     if not isinstance(x, Apply | Sum) or concentrated(x):
         return None
     if isinstance(node, Extreme):
-        count, sign = x.count(node.reduced), node.params[1]
+        sizes, sign = np.array([x.count(node.reduced)]), node.params[1]
     else:
-        count, sign = taps_of(node), 1.0
+        read = zip(node.params.windows, dim_axes(x, node.params.x_dims), strict=True)
+        sizes, sign = outer((hits(w, a.size) >= 0).sum(axis=1) for w, a in read if w is not None), 1.0
     live, read = [r for r in roots(x) if not concentrated(r.node)], x.whole
     if len(live) == 1 and len(live[0].bind) == len(x.axes):
         slope = float(np.mean(along(x.whole, x.axes, *live) @ (WEIGHTS * Z)))
         if slope**2 > x.table.variance / 2:
             read, sign = live[0], math.copysign(sign, sign * slope)
-    (y, bind), scale = read, sign / math.sqrt(2 * read.node.table.variance)
+    (y, bind), scale = read, sign / math.sqrt(read.node.table.variance)
     z = affine(y, scale, -scale * y.table.total_mean)
-    share = affine(apply(x.graph, "erf", (), y.axes, [z.whole]), 0.5, 0.5)
-    return View(apply(x.graph, "power", ((count - 1) / 2,), y.axes, [share.whole]), bind)
+    numbers = tuple(zip(*np.unique(sizes, return_counts=True), strict=True))
+    return View(apply(x.graph, "largest", (numbers,), y.axes, [z.whole]), bind)
 
 
 @once_per_node

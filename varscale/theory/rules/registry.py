@@ -93,6 +93,7 @@ class Context(Protocol):
     graph: Graph  # the nodes built so far
     place: Any  # where rows are kept; None where none are
     regions: Any  # the scopes that are drawn, or cannot be
+    tie: float  # what of a cotangent each of two equal numbers has, of which one is the largest
     used: frozenset[Any]  # the variables that are read of the jaxpr that is being interpreted
     nudges: dict[Any, Any]  # by array that noise was added to, to differentiate by: the noise
     # (jaxpr, consts, args, step=None), the outputs of a jaxpr; `step` says which of a loop's it is
