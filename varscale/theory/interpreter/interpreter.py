@@ -24,10 +24,10 @@ from varscale.programs.scopes import ends
 from varscale.theory.domain.axes import axes_of
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import roots_of
-from varscale.theory.graph.known_arrays import scales_samples
+from varscale.theory.graph.known_arrays import is_known_array, scales_samples
 from varscale.theory.graph.layout import Value, align, renumbered, value
 from varscale.theory.graph.linear_nodes import feeds_itself
-from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Node, leaf
+from varscale.theory.graph.nodes import UNKNOWN, Graph, Node, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
 from varscale.theory.interpreter.inputs import ENTERED, concrete, folded, folded_node, known, note_moved
@@ -132,7 +132,7 @@ class Interpreter:
         return place is not None and self.regions.ask(place.scope_of(eqn), told(error))
 
     def _nudge(self, x: Any) -> Any:
-        if not isinstance(x, Value) or isinstance(x.node, Array):
+        if not isinstance(x, Value) or (x.constant is None and is_known_array(x.node)):
             return x
         table = independent(0.0, _NUDGE, axes_of(x.shape))
         nudge = input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True)

@@ -128,7 +128,11 @@ def _sampled(node: Node) -> dict[Hashable, float]:
 def propagated_of_average(node: Mean | WindowSum) -> Spread:
     inner = node.argument
     if node.averages and inner.params == ("integer_pow", (2,)):
-        return combine([(2.0, fluctuations(inner.argument))])
+        below, units = inherited(inner.argument), (len(inner.axes) - 1,)
+        # With s the scale of one place E[s²] in a mean over its units; other places average theirs, but for what all share.
+        places = below.places if node.params == units else below.sources
+        spread = replace(fluctuations(inner.argument), places=places)
+        return combine([(2.0, replace(spread, shift=spread.shift + spread.point / 2))])
     return of_an_average(node, inherited(inner))
 
 

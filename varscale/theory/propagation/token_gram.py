@@ -106,8 +106,17 @@ def overlap_before(x: Tokens, y: Tokens) -> float:
 
 
 def covariance(x: Tokens, y: Tokens) -> float:
-    """What two overlaps have in common."""
-    return shared(by_source(x.node, x), by_source(y.node, y))
+    """What two overlaps have in common. Given numbers were there before all else."""
+    other, later = sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]))
+    return _with_earlier(later.node, later, other)
+
+
+@once_per_node
+def _with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
+    """What the later one's sources have in common with the other, which lacks its own."""
+    sources, weights, variance = mixture(later)
+    own = max(variance, 0.0) if later == other else 0.0
+    return own + sum(w * covariance(other, s) for w, s in zip(weights, sources, strict=True) if w)
 
 
 @once_per_node
