@@ -183,7 +183,8 @@ BINARY = dict.fromkeys(["add", "atan2", "ge", "gt", "le", "lt", "max", "min", "m
 BINARY |= dict.fromkeys(["div", "eq", "ne", "nextafter", "pow", "rem"], POSITIVE)
 # With static parameters, of three arguments, and on the bits of integers (that is how weights are drawn: every initializer
 # whose law is read from the model's own init goes through them). `add_any` is what derivatives call `add`.
-ELSEWHERE = {"add_any", "affine", "clamp", "convert", "integer_pow", "own_gradient", "power", "select_n", "stop_gradient"}
+OWN = {"add_any", "affine", "clamp", "convert", "integer_pow", "own_gradient", "power", "select_n", "stop_gradient"}
+ELSEWHERE = {*OWN, "largest"}  # the latter: gradients of extremes, test_pooling.py
 ON_BITS = {"and", "bitcast", "not", "or", "shift_left", "shift_right_logical", "shift_right_arithmetic", "xor"}
 
 

@@ -15,7 +15,8 @@ squares of few Gaussian numbers are; what it is beyond its two moments is in dou
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -31,7 +32,9 @@ _STEEP = 1.0  # a step of ln F from one scale to the next, the fourth power of Q
 _NODES, _SHARES = np.polynomial.hermite_e.hermegauss(7)
 _SHARES = _SHARES / _SHARES.sum()
 WIDEST = 4.0  # variance of a logarithm beyond which no law of it is known
+_FORGOTTEN = 1e-5  # a ratio below which fluctuations are not propagated: a norm's, but for its epsilon
 _NARROW = 1 / 150  # relative variance below which a gamma law and a lognormal one are the same
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +106,18 @@ def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
     place = math.sqrt(max(math.log(float(_SHARES @ values**2) / lognormal**2), 0.0) / max(whole, 1e-12))
     skew = s**3 * scale.skew + 3 * s**2 * c * common**2
     return Response(growth, math.copysign(place, s), s, skew, abs(growth - lognormal) / growth)
+
+
+def weighted(terms: Sequence[tuple[float, dict[Key, float]]]) -> dict[Key, float]:
+    """A weighted sum of coefficients, source by source."""
+    (weight, sources), *others = [(w, s) for w, s in terms if s and abs(w) > _FORGOTTEN] or [(1.0, {})]
+    out = sources.copy() if weight == 1 else {key: weight * c for key, c in sources.items()}
+    for weight, sources in others:
+        for key, c in sources.items():
+            out[key] = out.get(key, 0.0) + weight * c
+    return out
+
+
+def shared(a: dict[Key, float], b: dict[Key, float]) -> float:
+    """Covariance of two logarithms."""
+    return sum(c * b[key] for key, c in a.items() if key in b)

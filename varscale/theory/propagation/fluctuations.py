@@ -39,6 +39,7 @@ from varscale.theory.graph.linear_nodes import Concat, Contract, applied_weights
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
+from varscale.theory.integrals.lognormal import shared, weighted
 from varscale.theory.propagation.fourth_moments import EXCESS_ROUNDING, free_share, fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import (
     NONE,
@@ -53,7 +54,7 @@ from varscale.theory.propagation.inherited_fluctuations import (
 from varscale.theory.propagation.marginals import along, fluctuating, term_shares
 from varscale.theory.propagation.pullbacks import Cotangent
 from varscale.theory.propagation.shared_component import channel_scatter, of_an_average, of_few
-from varscale.theory.propagation.token_gram import normed_together, shared, weighted
+from varscale.theory.propagation.token_gram import normed_together
 
 
 def with_own_weights(spread: Spread, node: Node) -> Spread:
@@ -129,7 +130,8 @@ def propagated_of_average(node: Mean | WindowSum) -> Spread:
     inner = node.argument
     if node.averages and inner.params == ("integer_pow", (2,)):
         below, units = inherited(inner.argument), (len(inner.axes) - 1,)
-        # With s the scale of one place E[s²] in a mean over its units; other places average theirs, but for what all share.
+        # With s the scale of one place E[s²] in a mean over its units; other places average theirs, but for
+        # what all share.
         places = below.places if node.params == units else below.sources
         spread = replace(fluctuations(inner.argument), places=places)
         return combine([(2.0, replace(spread, shift=spread.shift + spread.point / 2))])

@@ -16,7 +16,15 @@ from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS
-from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Scale, response
+from varscale.theory.integrals.lognormal import (
+    LOG_SCALES,
+    WIDEST,
+    Response,
+    Scale,
+    response,
+    shared,
+    weighted,
+)
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
 from varscale.theory.propagation.marginals import (
     at_means,
@@ -27,7 +35,6 @@ from varscale.theory.propagation.marginals import (
     largest_term,
     term_shares,
 )
-from varscale.theory.propagation.token_gram import shared, weighted
 
 SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
 # A fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's.

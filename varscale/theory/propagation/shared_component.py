@@ -32,10 +32,11 @@ from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import POINTS, read_off
+from varscale.theory.integrals.lognormal import shared, weighted
 from varscale.theory.propagation.fourth_moments import correlation_scatter, fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP, Spread, combine, inherited
 from varscale.theory.propagation.marginals import concentrated, evaluate
-from varscale.theory.propagation.token_gram import before_units, own_part, shared, tokens_averaged, weighted
+from varscale.theory.propagation.token_gram import before_units, own_part, tokens_averaged
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 16  # of a population, at most
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign

@@ -20,8 +20,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Container, Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Collection, Container, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,12 +42,11 @@ from varscale.theory.graph.linear_nodes import (
 from varscale.theory.graph.nodes import Array, Constant, Node, View
 from varscale.theory.graph.normal_form import derivative
 from varscale.theory.graph.store import Fact, once_per_node
+from varscale.theory.integrals.lognormal import weighted
 from varscale.theory.propagation.marginals import cofactors, concentrated, independent_factors
 from varscale.theory.propagation.sampler import evenly
 
 _MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other, and how often
-_FORGOTTEN = 1e-5  # a ratio below which fluctuations are not propagated: a norm's, but for its epsilon
-Key = TypeVar("Key", bound=Hashable)
 _MIXTURES: Fact[Tokens, Mixture] = Fact()
 
 
@@ -113,7 +112,10 @@ def covariance(x: Tokens, y: Tokens) -> float:
 
 @once_per_node
 def _with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
-    """What the later one's sources have in common with the other, which lacks its own."""
+    """What the later one's sources have in common with the other, which lacks its own; of given ones measured over pairs."""
+    if is_known_array(node):
+        first, second = _measured(later), _measured(other)
+        return float(np.mean(first * second)) if first.shape == second.shape else 0.0
     sources, weights, variance = mixture(later)
     own = max(variance, 0.0) if later == other else 0.0
     return own + sum(w * covariance(other, s) for w, s in zip(weights, sources, strict=True) if w)
@@ -136,28 +138,13 @@ def before_units(node: Node, x: Tokens) -> dict[Tokens, float]:
     return {y: c for y, c in found.items() if not is_known_array(y.node)}
 
 
-def weighted(terms: Sequence[tuple[float, dict[Key, float]]]) -> dict[Key, float]:
-    """A weighted sum of coefficients, source by source."""
-    (weight, sources), *others = [(w, s) for w, s in terms if s and abs(w) > _FORGOTTEN] or [(1.0, {})]
-    out = sources.copy() if weight == 1 else {key: weight * c for key, c in sources.items()}
-    for weight, sources in others:
-        for key, c in sources.items():
-            out[key] = out.get(key, 0.0) + weight * c
-    return out
-
-
-def shared(a: dict[Key, float], b: dict[Key, float]) -> float:
-    """Covariance of two logarithms."""
-    return sum(c * b[key] for key, c in a.items() if key in b)
-
-
-def _measured(x: Tokens) -> float:
-    """V of given tokens, over pairs."""
+def _measured(x: Tokens) -> np.ndarray:
+    """The overlaps of each two given tokens, less what any two share, relative to what one has of its own."""
     others = rest(x.node.axes, (*x.tokens, *x.features))
     sizes = [x.node.count(axes) for axes in (others, *x[1:])]
     found = np.asarray(numbers(x.node), float).transpose([*others, *x.tokens, *x.features]).reshape(sizes)
     found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]
-    return float(np.mean(_own_overlaps(found @ found.transpose(0, 2, 1)) ** 2))
+    return _own_overlaps(found @ found.transpose(0, 2, 1))
 
 
 def _own_overlaps(pairs: np.ndarray) -> np.ndarray:
@@ -227,7 +214,7 @@ def _made_of(x: Tokens) -> Mixture | None:
     """By the kind of node; None of what is as good as white."""
     node = x.node
     if is_known_array(node) and not isinstance(node, Rearranged):
-        return Mixture(variance=_measured(x))
+        return Mixture(variance=covariance(x, x))
     match node:
         case Rearranged():  # some of the features, or of their factors, have more of their own than all
             inner = x.before()
@@ -235,9 +222,7 @@ def _made_of(x: Tokens) -> Mixture | None:
         case Take():
             return _taken(x)
         case Mean() if x.features == (len(node.axes) - 1,) and (inner := tokens_averaged(node)):
-            mean = own_part(inner) / inner.node.count(
-                node.params
-            )  # of n tokens, and what they have in common
+            mean = own_part(inner) / inner.node.count(node.params)  # of n, and what they have in common
             share = float(np.clip(mean / max(own_part(x), 1e-300), 0, 1))
             return Mixture([inner], [share], (1 - share**2) / x.count)
         case Gather() if len(node.params.row_axes) == 1:
