@@ -221,10 +221,19 @@ def outer(weights: Iterable[np.ndarray]) -> np.ndarray:
     return reduce(np.multiply.outer, weights, np.array(1.0))
 
 
-def average(second: np.ndarray, axes: Axes, free: Collection[int] = (), apart: Collection[int] = ()) -> float:
-    """A type array (1 long where constant), averaged over pairs: free along some axes, apart or equal along the others."""
+@cache
+def _averaging(
+    axes: tuple[Axis, ...], free: frozenset[int], apart: frozenset[int]
+) -> Float[np.ndarray, " types"]:
+    """Weights of a type array, row-major, for `average`."""
     weights = (a.any_pair if k in free else a.different if k in apart else a.same for k, a in enumerate(axes))
-    return float(contract_axes(second, dict(enumerate(weights))))
+    return outer(weights).ravel()
+
+
+def average(second: np.ndarray, axes: Axes, free: Iterable[int] = (), apart: Iterable[int] = ()) -> float:
+    """A type array (1 long where constant), averaged over pairs: free along some axes, apart or equal along the others."""
+    weights = _averaging(tuple(axes), frozenset(free), frozenset(apart))
+    return float(weights @ np.broadcast_to(second, [axis.types for axis in axes]).ravel())
 
 
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
