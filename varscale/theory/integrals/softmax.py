@@ -65,7 +65,7 @@ def _laplace(log_variance: float, first: int, last: int, stride: int, directions
 
 
 def _between(variances: np.ndarray, first: int, last: int, directions: float) -> np.ndarray:
-    """By moment, key and u: ln φ(u) and, over φ, E[f e^{−x}] for f = x, x², x³, l x and (l x)², x = u e^l.
+    """By moment, key and u: ln φ(u) and, over φ, E[f e^{−x}] for f = x, x², x³, (l x)² and l x, x = u e^l.
 
     Read off between those of variances e^{k/10} by polynomials of degree five: exact to 1e-6 up to 4, to 1e-4 up to 100.
     """
@@ -85,8 +85,10 @@ def _between(variances: np.ndarray, first: int, last: int, directions: float) ->
                 (between - others) / (i - others), axis=1
             )
         found = weights @ found
-    phi, x, x2, x3, lx2 = np.exp(found[:5])
-    return np.stack([-phi, x, x2, x3, found[5] * x, lx2])
+    np.exp(found[:5], out=found[:5])
+    found[0] *= -1
+    found[5] *= found[1]
+    return found
 
 
 def weight_moments(
@@ -102,7 +104,7 @@ def weight_moments(
     reach = 5 * math.sqrt(float(distinct.max()))
     first = _ROUND * math.floor((-reach - math.log(float(n.sum(-1).max())) - 18) / _STEP / _ROUND)
     last = _ROUND * math.ceil((reach + 14) / _STEP / _ROUND)
-    log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions)
+    log_phi, first, second, third, pull_square, pull = _between(distinct, first, last, directions)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (np.arange(len(n))[:, None], place), n)
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u

@@ -74,10 +74,11 @@ def _varied_square(
     own = roots_of(factor)
     main = next(r for r in group if r in own)
     powers = {r: 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own if r in group}
-    table, at, scales = main.node.table, at_means(own, frame), np.array(ratios)
+    table, at = main.node.table, at_means(own, frame)
     if spread := table.variance >= NEGLIGIBLE * table.total_mean**2:
-        at[main], scales = np.tile(grid(main, frame), len(ratios)), np.repeat(scales, POINTS)
-    at |= {r: at[r] * scales**power for r, power in powers.items()}
+        at[main] = np.tile(grid(main, frame), len(ratios))
+    points = POINTS if spread else 1
+    at |= {r: at[r] * np.repeat(np.power(ratios, power), points) for r, power in powers.items()}
     line = over_classes(np.square(evaluate(factor, frame, at), dtype=float), frame).reshape(len(ratios), -1)
     return (line @ WEIGHTS if spread else line[:, 0]).tolist()
 
