@@ -62,8 +62,10 @@ def differences(found: dict[str, list[Any]], expected: dict[str, list[Any]]) -> 
         bounds = dict.fromkeys(NAMES.split(), TOLERANCE)
         if how == "sampled":
             bounds = {"second_moment": max(new[8], old[8]), "gradient": max(new[9] or 0.0, old[9] or 0.0)}
+        # What zero is measured by: correlations are relative to the second moment already, and round at 1e-16 of 1.
+        zeros = {"mean": max(abs(old[0]) ** 0.5, 1e-300), "sample_correlation": 1.0, "position_correlation": 1.0}
         for name, x, y in zip(NAMES.split(), new, old, strict=True):
-            if name in bounds and not _alike(x, y, bounds[name], max(abs(old[0]) ** 0.5, 1e-300) if name == "mean" else 0.0):
+            if name in bounds and not _alike(x, y, bounds[name], zeros.get(name, 0.0)):
                 yield f"{path!r}: {name} {y} -> {x}"
 
 
