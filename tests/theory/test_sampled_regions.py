@@ -121,6 +121,19 @@ def test_one_array_at_two_scales_is_drawn_at_both():
     assert large.second_moment / small.second_moment == pytest.approx(1.5**4, rel=1e-4)
 
 
+def test_known_numbers_that_are_tiled_are_read_as_they_are():
+    """E[max(z₁, z₂, 0)²] = 3/4 + 1/(2π): as numbers drawn with the moments of the spikes they had a bound of 10,000 %."""
+
+    def largest(kernels, x):
+        spikes = jnp.tile(jnp.where(jnp.arange(4) == 0, 4.0, 0.0), 2)
+        with jax.named_scope("largest"):
+            return jnp.sort((x @ kernels[0])[:, :8] * spikes, axis=-1)[:, -1]
+
+    row = vs.predict(largest, X, params=kernels, backward=False).output
+    assert (row.how, row.second_moment) == ("sampled", pytest.approx(12 + 8 / math.pi, rel=row.error_bound))
+    assert row.error_bound < 0.15
+
+
 def test_an_equation_that_a_rule_does_not_cover_is_drawn(monkeypatch):
     def rule(interpreter, eqn, x):
         raise NotImplementedError("sines of arrays")

@@ -32,6 +32,7 @@ from varscale.theory.graph.linear_nodes import (
     Rearranged,
     Take,
     applied_weights,
+    unmoved,
 )
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
 from varscale.theory.graph.store import once_per_node
@@ -164,7 +165,8 @@ def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.
 @sampled_from.register
 def sampled_from_moved(node: Rearranged | Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Entries of one array in another order, where more is known of given places than moments by type say."""
-    if not (in_order(node) or repeats(node)):
+    known = all(is_known_array(root.node) for root in roots(unmoved(node)))
+    if not (known or in_order(node) or repeats(node)):
         return None
     source, mesh = node.argument, np.ix_(*positions)
     if isinstance(node, Permute):
