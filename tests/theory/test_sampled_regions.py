@@ -125,7 +125,7 @@ def test_known_numbers_that_are_tiled_are_read_as_they_are():
     """E[max(z₁, z₂, 0)²] = 3/4 + 1/(2π): as numbers drawn with the moments of the spikes they had a bound of 10,000 %."""
 
     def largest(kernels, x):
-        spikes = jnp.tile(jnp.where(jnp.arange(4) == 0, 4.0, 0.0), 2)
+        spikes = jnp.tile(jnp.where(jnp.arange(4) == 0, 4.0, 0.0), 2)[None]
         with jax.named_scope("largest"):
             return jnp.sort((x @ kernels[0])[:, :8] * spikes, axis=-1)[:, -1]
 
