@@ -293,8 +293,13 @@ def table_of_draws(numbers: np.ndarray, axes: Axes, positions: Positions) -> Tab
 
 def cross_moments(x: np.ndarray, y: np.ndarray, axes: Axes, positions: Positions) -> np.ndarray:
     """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
-    (x, small), (y, _) = (_thinned(z, axes, positions) for z in (x, y))
-    found = estimated_products(x, y, small)
-    mean, error = found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
+    mean, error = measured_products(x, y, axes, positions)
     # Most loops change sign with weights that what else there is does not have.
     return np.where(np.abs(mean) > SCORES * error, mean, 0.0)
+
+
+def measured_products(x: np.ndarray, y: np.ndarray, axes: Axes, positions: Positions) -> np.ndarray:
+    """E[x_i y_j] by type and its standard error, from draws of both, (replicates, positions...)."""
+    (x, small), (y, _) = (_thinned(z, axes, positions) for z in (x, y))
+    found = estimated_products(x, y, small)
+    return np.stack([found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)])

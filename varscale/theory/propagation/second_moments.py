@@ -9,8 +9,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
-from varscale.theory.domain.axes import contract_axes, over_classes
+from varscale.theory.domain.axes import Axis, contract_axes, over_classes
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import (
     IDENTITIES,
@@ -40,10 +41,12 @@ from varscale.theory.propagation.marginals import (
     marginal,
     scatter,
 )
+from varscale.theory.propagation.sampler import SCORES, Drawing, evenly, in_order, measured_products
 from varscale.theory.propagation.token_gram import gained_in_common
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 _MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn
+_REPLICATES, _POSITIONS = 192, 64  # draws that a product is measured on, and of how many positions of an axis
 _Follower = tuple[View, np.ndarray]  # what known numbers go with, and they on the normal grid of that
 
 
@@ -216,7 +219,26 @@ def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarra
 
 @cross_by_kind.register
 def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Axes) -> np.ndarray:
-    return product_second(a, b, frame)
+    return _or_measured(product_second(a, b, frame), a, b, frame)
+
+
+def _or_measured(found: np.ndarray, a: View, b: View, frame: Axes) -> np.ndarray:
+    """E[a_i b_j] by type as it was found, or as it is of what regions drew, where that differs by more than chance.
+
+    Outputs that have no covariance may have squares that vary together: of D ⊙ x at two places, or of two that read one array.
+    """
+    read = [[root.node for root in roots_of(view)] for view in (a, b)]
+    if not all(any(map(in_order, own)) for own in read) or not any(x.timed for own in read for x in own):
+        return found
+    positions = [_some(axis) for axis in frame]
+    x, y = (Drawing(_REPLICATES, _some).at(view, frame, positions) for view in (a, b))
+    mean, error = measured_products(x, y, frame, positions)
+    return np.where(np.abs(mean - found) > SCORES * error, mean, found)
+
+
+def _some(axis: Axis) -> Int[np.ndarray, " kept"]:
+    """The positions along an axis on which products are measured."""
+    return evenly(axis.size, _POSITIONS)
 
 
 def refuse_two_places(views: Sequence[View]) -> None:
@@ -270,7 +292,7 @@ def second_moments_of_apply(node: Apply) -> Table:
         c, f = factors(node.whole)
         groups, fixed = _groups(f, f, node.axes)
         mean, second = _multiplied(groups, fixed, node.axes)
-        mean, second = c * mean, c * c * second
+        mean, second = c * mean, _or_measured(c * c * second, node.whole, node.whole, node.axes)
         for scale in fixed:
             mark_average(f, scale, node.axes)
         if name in ("mul", "add", "sub"):
