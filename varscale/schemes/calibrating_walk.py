@@ -153,7 +153,7 @@ class Laws:
         """A kernel of variance 1/fan_in with another standard deviation: the leaf that a prediction of the plan has there."""
         node, law = weight.node, self._read(kernel.unit * scale)
         assert isinstance(node, Leaf)  # that is what a kernel is whose law the walk lays
-        made = node.graph.make(Leaf, node.axes, (), (*node.name, float(scale)))
+        made = node.graph.make(Leaf, node.axes, (), (*node.params, float(scale)))
         table = independent(0.0, law.table.mean_square, node.axes)
         return Value(made.settle(table, odd=True, kurtosis=law.kurtosis, transport=law.transport), weight.dims)
 

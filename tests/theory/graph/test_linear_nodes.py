@@ -16,7 +16,7 @@ def test_maps_of_equal_entries_over_axes_of_other_classes():
     """Cumulative sums of four independent numbers with E[x²] = 1: E[y_p²] = p + 1, 2.5 on average, whatever the classes."""
     graph = Graph()
     axes = (Axis(4), labelled([0, 0, 1, 1]), Axis(4))
-    nodes = [mapped(leaf(graph, i, (axis,), 0.0, 1.0, odd=True), 0, lower_triangle(axis)) for i, axis in enumerate(axes)]
+    nodes = [mapped(leaf(graph, f"x{i}", (axis,), 0.0, 1.0, odd=True), 0, lower_triangle(axis)) for i, axis in enumerate(axes)]
     assert [node.table.mean_square for node in nodes] == pytest.approx([2.5] * 3)
     assert [node.axis_map.inner for node in nodes] == list(axes)
     assert np.allclose(nodes[0].table.second, nodes[2].table.second)

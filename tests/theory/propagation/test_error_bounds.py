@@ -140,7 +140,7 @@ def test_doubt_grows_where_terms_cancel():
 
 def test_the_doubt_of_what_is_joined_is_shared_by_size():
     graph = Graph()
-    doubtful, known = (leaf(graph, n, [Axis(n)], 0.0, 1.0, odd=True) for n in (12, 4))
+    doubtful, known = (leaf(graph, f"x{n}", [Axis(n)], 0.0, 1.0, odd=True) for n in (12, 4))
     doubtful.doubt = 0.3
     joined = graph.make(Concat, [labelled(np.repeat([0, 1], [12, 4]))], [doubtful.whole, known.whole], (0, (12, 4)))
     assert doubt_of(joined) == pytest.approx(0.3 * 12 / 16)

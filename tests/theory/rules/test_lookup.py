@@ -22,7 +22,7 @@ from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.graph.nodes import Graph, View
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.sampler import Drawing
-from varscale.theory.rules.lookup import PADDED, classed_axes, compared, filled_shapes, filled_up, repeat_rates, unknown
+from varscale.theory.rules.lookup import PADDED, classed_axes, compared, padded_shapes, padding_mask, repeat_rates, unknown
 
 IDS = jax.ShapeDtypeStruct((8, 32), jnp.int32)
 LENGTHS = jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -315,7 +315,7 @@ def test_gradients_of_ids_with_paddings_are_finite():
     ],
 )
 def test_what_is_filled_up(ids, filled):
-    found = filled_up(ids)
+    found = padding_mask(ids)
     if filled is None:
         assert found is None
     else:
@@ -326,7 +326,7 @@ def test_what_is_filled_up(ids, filled):
 def test_ids_without_paddings_have_no_classes():
     ids = sentences((24,) * 4)
     graph = Graph()
-    PADDED.put(graph, None, filled_shapes([ids]))
+    PADDED.put(graph, None, padded_shapes([ids]))
     assert classed_axes(graph, ids) == [Axis(4), Axis(24)]
 
 

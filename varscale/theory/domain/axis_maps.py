@@ -37,6 +37,11 @@ class AxisMap:
         """E[y_p] by class of output, as weights of the class means of the inputs."""
         return self.out.members @ (self.matrix @ self.inner.members.T) / self.out.counts[:, None]
 
+    def pair_means(self) -> Float[np.ndarray, "types_out types_in"]:
+        """The map of types that keeps positions apart, whose classes go by `means`: for types without pairs, too."""
+        means = self.means()
+        return np.asarray(linalg.block_diag(means, np.kron(means, means)))[: self.out.types]
+
 
 def entry_map(
     rows: np.ndarray, columns: np.ndarray, out: Axis, inner: Axis, weights: np.ndarray | float = 1.0
@@ -54,17 +59,22 @@ def entry_map(
     return AxisMap(sparse.csr_array(entries, shape=(out.size, inner.size)), out, inner)
 
 
-@cache
-def slice_map(span: tuple[int, int | None, int], inner: Axis) -> AxisMap:
-    """x[start:stop:step], over the axis that these positions make."""
-    columns = np.arange(inner.size)[slice(*span)]
+def taken_map(columns: Int[np.ndarray, " taken"], inner: Axis) -> AxisMap:
+    """The entries at these positions, over the axis that they make."""
     return entry_map(np.arange(len(columns)), columns, labelled(inner.label_array[columns]), inner)
 
 
 @cache
-def identity_map(axis: Axis, inner: Axis | None = None) -> AxisMap:
-    """y = x, over axes of which the inputs' may have other classes."""
-    return entry_map(np.arange(axis.size), np.arange(axis.size), axis, inner or axis)
+def slice_map(span: tuple[int, int | None, int], inner: Axis) -> AxisMap:
+    """x[start:stop:step]."""
+    return taken_map(np.arange(inner.size)[slice(*span)], inner)
+
+
+@cache
+def identity_map(axis: Axis, inner: Axis | None = None, start: int = 0) -> AxisMap:
+    """y = x, over axes of which the inputs' may have other classes; or be a part of the outputs', which begins at `start`."""
+    columns = np.arange((inner or axis).size)
+    return entry_map(start + columns, columns, axis, inner or axis)
 
 
 @lru_cache(maxsize=1024)
@@ -108,24 +118,20 @@ def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
     return identity_map(fine, coarse).means()
 
 
-def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtypes oldtypes"]:
-    """The map on types made by a map on classes that keeps positions apart."""
-    return np.asarray(linalg.block_diag(classes, np.kron(classes, classes)))
-
-
 @cache
 def lift_types(fine: Axis, coarse: Axis) -> np.ndarray:
     """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
-    shares, c = class_shares(fine, coarse), coarse.classes
+    identity, c = identity_map(fine, coarse), coarse.classes
+    shares = identity.means()
     if not np.isin(shares, (0, 1)).all():
         met = fine.pairs[:, None] > 0  # a class of one position has no pair that differs
-        return np.where(met, pair_counts(identity_map(fine, coarse)), pair_map(shares))
+        return np.where(met, pair_counts(identity), identity.pair_means())
     to = shares.argmax(axis=1)
     return np.concatenate([to, (c + to[:, None] * c + to[None]).ravel()])
 
 
 class Factors(NamedTuple):
-    """An axis as row-major factors, for each combination of whose classes the whole has that of most of its positions."""
+    """An axis as row-major factors; by their classes (types), the class (type) of the whole that most such positions have."""
 
     axes: tuple[Axis, ...]
     classes: Int[np.ndarray, "*classes"]  # of the whole

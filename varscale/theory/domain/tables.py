@@ -124,12 +124,17 @@ def means_by_type(mean: np.ndarray, axes: Axes, other: np.ndarray | None = None)
     return by_type(mean, axes, second=False) * by_type(mean if other is None else other, axes, second=True)
 
 
+def table_over(axes: Axes, mean: np.ndarray | float, second: np.ndarray | float) -> Table:
+    """The table of means by class and second moments by type, 1 long (or one number) where they are constant."""
+    full = np.broadcast_to(mean, [a.classes for a in axes]), np.broadcast_to(second, [a.types for a in axes])
+    return Table(tuple(axes), *(np.array(x, float) for x in full))
+
+
 def independent(mean: float, second_moment: float, axes: Axes) -> Table:
     """Independent entries with one mean and second moment."""
-    mean = float(mean)
-    second = np.full([a.types for a in axes], mean * mean)
-    second[equal(axes)] = second_moment
-    return Table(axes, np.full([a.classes for a in axes], mean), second)
+    table = table_over(axes, mean, mean * mean)
+    table.second[equal(axes)] = second_moment
+    return table
 
 
 def lift(array: np.ndarray, axes: Axes, bind: Sequence[int], frame: Axes, *, pairs: bool) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, grouped, pool
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts
-from varscale.theory.domain.tables import LEADING_ORDER, estimated_products, full_types
+from varscale.theory.domain.tables import LEADING_ORDER, estimated_products, full_types, over_frame
 from varscale.theory.graph.nodes import Node
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
@@ -80,8 +80,7 @@ def dim_axes(node: Node, dims: Dims) -> list[Axis]:
 
 def by_dim(array: np.ndarray, dims: Dims) -> np.ndarray:
     """An array over axes as one over dimensions."""
-    out = array.transpose([k for k in dims if k is not None])
-    return out[tuple(None if k is None else slice(None) for k in dims)]
+    return over_frame(array, list(map(dims.index, range(array.ndim))), len(dims))
 
 
 def by_axis(array: np.ndarray, dims: Dims) -> np.ndarray:

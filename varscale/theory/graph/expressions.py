@@ -161,9 +161,9 @@ def scale_and_shift(view: View) -> Scaled:
     while view.node.primitive == "affine":
         scale, shift = view.node.params[1]
         c, d, view = c * scale, d + c * shift, view.node.args[0].within(view.bind)
-    return (
-        Scaled(0.0, d + c * view.node.params, view) if isinstance(view.node, Constant) else Scaled(c, d, view)
-    )
+    if isinstance(view.node, Constant):
+        c, d = 0.0, d + c * view.node.params
+    return Scaled(c, d, view)
 
 
 def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
@@ -188,7 +188,7 @@ def content(node: Node) -> int:
     elif node.primitive == "affine":
         params = np.sign(node.params[1]).tolist()
     elif isinstance(node, Leaf):
-        params = tuple(part for part in node.name if not isinstance(part, float))  # a scale is none of it
+        params = tuple(part for part in node.params if not isinstance(part, float))  # a scale is none of it
     else:
         params = node.params
     return hashed(type(node).__name__, node.axes, params, args)
@@ -216,6 +216,13 @@ def _written(x: Any) -> str:
     return getattr(x, "__qualname__", type(x).__qualname__) if callable(x) else repr(x)
 
 
+def inverse(view: View) -> View:
+    """The view 1/x."""
+    (node, bind), graph = view, view.node.graph
+    args = [number(graph, 1.0).whole, node.whole]
+    return View(graph.make(Apply, node.axes, args, ("div", ())), bind)
+
+
 def factors(view: View) -> tuple[float, list[View]]:
     """A tree as a number times the factors of its products."""
     node, bind = view
@@ -232,9 +239,8 @@ def factors(view: View) -> tuple[float, list[View]]:
         case "stop_gradient" | "own_gradient":
             return factors(args[0])
         case "div":
-            (c, f), (below, place) = factors(args[0]), args[1]
-            over = [number(node.graph, 1.0).whole, below.whole]
-            return c, [*f, View(node.graph.make(Apply, below.axes, over, ("div", ())), place)]
+            c, f = factors(args[0])
+            return c, [*f, inverse(args[1])]
     return 1.0, [view]
 
 

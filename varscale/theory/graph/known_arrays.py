@@ -47,7 +47,7 @@ def second_moments_of_given(node: Array | Computed) -> Table:
     return estimate(_values(node), node.axes)
 
 
-def measured(node: Node, values: np.ndarray) -> None:
+def note_numbers(node: Node, values: np.ndarray) -> None:
     """Note that the moments of a leaf are those of known numbers, (sizes of its axes...).
 
     Its neighbours are near where they are more alike than any two along an axis between samples and features, or may be copies.
@@ -109,7 +109,7 @@ def is_known_array(node: Node) -> bool:
     return node.is_literal or node.id in MEASURED.of(node.graph)
 
 
-def all_given(values: Sequence[Any]) -> bool:
+def all_known(values: Sequence[Any]) -> bool:
     """Whether what an equation reads is known numbers."""
     return bool(values) and all(isinstance(x, Value) and is_known_array(x.node) for x in values)
 
@@ -124,8 +124,8 @@ def entries(x: Value) -> np.ndarray | None:
     return np.broadcast_to(found, [a.size for a in atoms]).reshape(x.shape)
 
 
-def note(x: Value, found: Callable[[], np.ndarray]) -> None:
-    """Keep how the numbers of a value, in its shape, are worked out, for whoever asks for those of its node."""
+def note_later(x: Value, found: Callable[[], np.ndarray]) -> None:
+    """Note how to work out the numbers of a value, in its shape, when those of its node are asked for."""
     atoms = [a for dim in x.dims for a in dim]
 
     def over_axes() -> np.ndarray:
@@ -144,7 +144,7 @@ def computed(graph: Graph, values: np.ndarray, axes: Axes, sources: Sequence[Nod
         return number(graph, float(values.flat[0]))
     key = ("input", "computed", hashlib.sha1(values.tobytes()).hexdigest(), values.shape)
     made = graph.make(Computed, axes, (), key)
-    measured(made, values)
+    note_numbers(made, values)
     made.positive = bool(values.min() >= 0)
     made.deps |= functools.reduce(lambda bits, node: bits | node.deps, sources, 0)
     return made

@@ -251,8 +251,7 @@ def _classed(x: Value, beside: Sequence[Value]) -> Value:
     along = any(
         all(axes_along([dim]) for dim in pair) for dims in others for pair in zip(x.dims, dims, strict=True)
     )
-    if len(np.unique(numbers)) <= min(2 * MOST_CLASSES, len(numbers) - 1) or (
-        along and numbers.dtype.kind == "f"
-    ):
+    few = len(np.unique(numbers)) <= min(2 * MOST_CLASSES, len(numbers) - 1)
+    if few or (along and numbers.dtype.kind == "f"):
         return Value(x.node.over([grouped(numbers[:, None] * 1.0, 2 * MOST_CLASSES)]), x.dims)
     return x

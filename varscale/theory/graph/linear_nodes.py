@@ -13,14 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer, replaced
-from varscale.theory.domain.axis_maps import (
-    AxisMap,
-    cotangent_counts,
-    pair_counts,
-    pair_map,
-    slice_map,
-    split_axis,
-)
+from varscale.theory.domain.axis_maps import AxisMap, cotangent_counts, pair_counts, slice_map, split_axis
 from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
@@ -54,7 +47,7 @@ class Permute(Rearranged):
 
 
 def axes_before(node: Node, k: int) -> Sequence[int]:
-    """The axes of its argument that axis k of what moves entries is, is made of, or is a factor of."""
+    """The axes of its argument that axis k of a rearranged node comes from: itself, its factors, or what it is a factor of."""
     first, more = node.params[0], len(node.argument.axes) - len(node.axes)
     if isinstance(node, Permute):
         return [node.params[k]]
@@ -70,7 +63,7 @@ def unmoved(node: Node) -> Node:
     return node
 
 
-@second_moments.register(Permute | Merge | Split)
+@second_moments.register
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.argument.table
     k, *sizes = node.params
@@ -81,7 +74,7 @@ def second_moments_of_rearranged(node: Rearranged) -> Table:
     return Table(node.axes, node.carried(table.mean, pairs=False), node.carried(table.second, pairs=True))
 
 
-@pullback.register(Permute | Merge | Split)
+@pullback.register
 def pullback_of_rearranged(node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [node.carried(cotangent, pairs=True, back=True)]
 
@@ -115,10 +108,14 @@ class Contract(Node):
         """Its own axes, then the contracted ones."""
         return (*self.axes, *self.params)
 
+    @property
+    def summed(self) -> range:
+        """The contracted axes of the frame."""
+        return range(len(self.axes), len(self.frame))
+
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""
-        pairs = {k: axis.pairs for k, axis in enumerate(self.params, len(self.axes))}
-        return contract_axes(full_types(second, self.frame), pairs)
+        return contract_axes(full_types(second, self.frame), {k: self.frame[k].pairs for k in self.summed})
 
 
 class AppliedWeights(NamedTuple):
@@ -198,7 +195,7 @@ class Take(AxisMapped):
 @second_moments.register
 def second_moments_of_axis_mapped(node: AxisMapped | Take) -> Table:
     k, own, table = node.params[0], node.axis_map, node.argument.table
-    pairs = pair_map(own.means())[: own.out.types] if node.moves else pair_counts(own)
+    pairs = own.pair_means() if node.moves else pair_counts(own)
     mean = apply_axis(table.mean, k, own.means()).reshape([axis.classes for axis in node.axes])
     return Table(node.axes, mean, apply_axis(table.second, k, pairs).reshape(node.frame_types))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, reduce, singledispatch
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,6 +36,14 @@ class View(NamedTuple):
         if outer == _IN_ORDER[: len(outer)]:
             return self  # and so no copy for each node of an elementwise tree
         return View(self.node, tuple(map(outer.__getitem__, self.bind)))
+
+    def axes_at(self, places: Container[int]) -> tuple[int, ...]:
+        """The axes of the node that are at these places of the frame."""
+        return tuple(k for k, place in enumerate(self.bind) if place in places)
+
+    def axes_beyond(self, other: View) -> tuple[int, ...]:
+        """The axes of the node along which another view is constant: beside its mean, those that it was averaged over."""
+        return tuple(k for k, place in enumerate(self.bind) if place not in other.bind)
 
     def over(self, array: np.ndarray, frame: Axes, *, pairs: bool) -> np.ndarray:
         """A class (with `pairs` a type) array of the node, read over the frame, 1 long where it is constant."""
@@ -75,7 +83,7 @@ class Node(Marked):
     shares = False  # shares that add up to 1, positive but no norm's scale
     width: float | None = None  # terms in each sum of a linear map of two arguments, the second often weights
     reduced: tuple[int, ...] = ()  # the axes of its argument that it does not have
-    is_centred = False  # an array less a mean of what it is made of, too: a sum of which that is a term
+    is_centred = False  # a sum of an array and minus a mean of what that is made of
     is_variance = False  # mean(x²) − mean(x)², which no rounding makes negative here
     is_literal = False  # numbers that stand in the model
     is_input = False  # of the model; other leaves belong to one initialization
@@ -178,7 +186,9 @@ class Graph:
         self.store: dict[Any, dict[Any, Any]] = {}
         self.derived: dict[int, list[Rebuilt]] = {}
         self.origin: Any = None  # the equation that is being interpreted
-        self.undrawn = False  # what should be drawn cannot be, so that moments have to do, with their doubts
+        self.undrawn = (
+            False  # a region that was asked for cannot be drawn: moments are kept, with their doubts
+        )
 
     def derive(self, source: Node, node: Node, back: Pullback, doubt: float = 0.0) -> Node:
         """Note that `node` was rebuilt from the roots of `source`: its cotangents are the source's too, with some doubt."""
@@ -228,8 +238,8 @@ class Leaf(Node):
     """A random array with known moments: a weight, an input, random bits; `params` is its name, first its kind."""
 
     def prepare(self) -> None:
-        self.name = self.params if isinstance(self.params, tuple) else (self.params,)
-        self.is_input, self.is_bits = (self.name[0] == kind for kind in ("input", "bits"))
+        self.kind = self.params[0]
+        self.is_input, self.is_bits = self.kind == "input", self.kind == "bits"
 
     def settle(
         self,

@@ -11,7 +11,16 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axes, Axis, rest
 from varscale.theory.domain.tables import NEXT_ORDER
-from varscale.theory.graph.expressions import Apply, Mean, Sum, alike, factors, roots_of, scale_and_shift
+from varscale.theory.graph.expressions import (
+    Apply,
+    Mean,
+    Sum,
+    alike,
+    factors,
+    inverse,
+    roots_of,
+    scale_and_shift,
+)
 from varscale.theory.graph.linear_nodes import Split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
 from varscale.theory.graph.store import once_per_node
@@ -109,11 +118,10 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         case [(known, x), (same, y)] if known == same:
             # Known numbers that an array is multiplied by, its mean too, are a factor of the difference.
             inner = total(graph, [c for c, _ in live], axes, [x, y])
-            over = [number(graph, 1.0).whole, known.node.whole]
-            inverse = View(apply(graph, "div", (), known.node.axes, over), known.bind)
+            over = inverse(known)
             for _, view in live:
                 if view == view.node.whole and len(view.bind) == len(inner.axes) == len(axes):
-                    graph.derive(view.node, inner, lambda g: g * inverse.second(axes), NEXT_ORDER)
+                    graph.derive(view.node, inner, lambda g: g * over.second(axes), NEXT_ORDER)
             whole = apply(graph, "mul", (), axes, [known, View(inner, tuple(range(len(axes))))])
             return affine(whole, 1.0, offset)
     live.sort(key=lambda term: (term[1].node.id, term[1].bind))
@@ -207,7 +215,7 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     left = tuple(a for k, a in enumerate(node.axes) if k not in axes)
 
     def inside(view: View) -> View:
-        mean = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
+        mean = mean_node(view.node, view.axes_at(axes))
         places = tuple(b - sum(j < b for j in axes) for b in view.bind if b not in axes)
         return View(mean, places[: len(mean.axes)])  # of a number none
 
@@ -294,7 +302,7 @@ def derivative(node: Node, target: View) -> View | None:
             case "mul":
                 outer = node.args[1 - k]
             case "div" if k == 0:
-                outer = build("div", number(node.graph, 1.0).whole, node.args[1])
+                outer = inverse(node.args[1])
             case "select_n" if k:
                 picks = (number(node.graph, float(i == k)).whole for i in range(1, len(node.args)))
                 outer = build("select_n", node.args[0], *picks)

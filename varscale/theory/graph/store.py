@@ -1,8 +1,7 @@
-"""What a graph knows besides its nodes, by what way it was worked out, and what goes wrong meanwhile.
+"""Facts that a graph keeps beside its nodes, evaluation of any depth, marks of how a result was obtained, and errors.
 
-FACTS are kept by key in `graph.store`, each kind declared once at the top of the module that writes it. A fact is written when
-it is first worked out and never changes, so what is asked before makes no difference to what is asked after. What nodes of one
-backward pass tell one another is no fact: it lives as long as the pass (`BackwardNotes`).
+A FACT is kept by key in `graph.store`; its kind is declared at the top of the module that writes it. It is written once and
+never changes, so that the order of questions makes no difference. `BackwardNotes` live as long as one backward pass.
 """
 
 import functools
@@ -23,13 +22,13 @@ _NESTED = 24  # evaluations on Python's stack, beyond which they wait on an expl
 
 
 class _Postponed(BaseException):
-    """What is being worked out has to wait until something else is known, which its argument works out."""
+    """Postpones a computation until the one that is its argument is done."""
 
 
 def evaluated(graph: Any, work: Callable[[], V]) -> V:
-    """The result of `work`, which may ask for others in the same way, as many in one another as there are layers.
+    """The result of `work`, which may ask for others in the same way, nested as deep as the model.
 
-    Deeper ones are worked out from an explicit stack; what asked for one starts anew then: `work` may be started several times.
+    Below a depth they are worked out from an explicit stack, and what asked for them starts anew: `work` may run several times.
     """
     if graph.nested >= _NESTED:
         raise _Postponed(work)
@@ -108,7 +107,7 @@ class BackwardNotes:
     """What nodes of one backward pass tell those that come later in it, which are the earlier nodes."""
 
     def __init__(self) -> None:
-        self.values: dict[int, Any] = {}  # by softmax, the tokens that the values are made of which it weighs
+        self.values: dict[int, Any] = {}  # by softmax, the tokens behind the values that it weighs
         # By product of queries and keys, which argument's cotangent gains, and how much by type.
         self.gains: dict[int, tuple[int, np.ndarray]] = {}
         # By output of a region, draws of the cotangents that other regions sent it, and their second moments.

@@ -16,19 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from varscale import _compat
 from varscale.programs import faces
 from varscale.programs.faces import Inputs
 from varscale.programs.pieces import is_key
 from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, axes_of, labelled
-from varscale.theory.domain.tables import Moments, Table, estimate, independent
+from varscale.theory.domain.tables import Moments, estimate, independent, table_over
 from varscale.theory.graph import known_arrays as arrays
-from varscale.theory.graph.known_arrays import all_given, entries, is_known_array
+from varscale.theory.graph.known_arrays import all_known, entries, is_known_array
 from varscale.theory.graph.layout import Value, full, value, without_entries
 from varscale.theory.graph.nodes import Graph, Leaf, Node, View, array
 from varscale.theory.graph.store import Fact, PredictionError
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.propagation.doubts import OUTSIDE
-from varscale.theory.rules.lookup import PADDED, filled_shapes, is_mask, unknown
+from varscale.theory.rules.axis import MOVES
+from varscale.theory.rules.lookup import PADDED, is_mask, padded_shapes, unknown
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, Complex, Context, Opaque, parts
 
@@ -40,10 +42,7 @@ _ALIKE_SCALES = 0.02  # variance of ln s² in a class, which is the relative err
 # Equations that rules enter, whatever they read.
 ENTERED = {"random_bits", "scan", "while", "cond", "region", *CALLS}
 # Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
-_MOVING = {
-    "broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "gather", "pad", "reshape", "rev",
-    "slice", "split", "squeeze", "tile", "transpose",
-}  # fmt: skip
+_MOVING = {*MOVES, "concatenate", "dynamic_slice", "gather", "pad", "split"}
 _FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
 
 
@@ -58,7 +57,7 @@ class TracedInputs:
 
     def values(self, interpreter: Context) -> list[Any]:
         """Their values; given arrays may go together, and one that is given twice is one."""
-        PADDED.put(interpreter.graph, None, filled_shapes(self.arrays))
+        PADDED.put(interpreter.graph, None, padded_shapes(self.arrays))
         measured = [
             not isinstance(x, Moments | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.floating)
             for x in self.arrays
@@ -83,8 +82,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
     if math.prod(shape) == 0:
         raise ValueError(f"{name} has shape {shape}: it is empty")
     if isinstance(x, Moments):
-        table = Table(axes, np.full([1] * len(axes), float(x.mean)), x.second())
-        return input_leaf(interpreter, name, shape, table, odd=False)
+        return input_leaf(interpreter, name, shape, table_over(axes, x.mean, x.second()), odd=False)
     if is_key(x):
         key = jax.random.key(MODEL_SEED)
         return Opaque(x if isinstance(x, jax.Array) else jax.random.split(key, shape) if shape else key)
@@ -112,7 +110,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         axes = (sample_axis(numbers), *axes[1:])
     numbers = np.squeeze(numbers)
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
-    arrays.measured(made.node, numbers)
+    arrays.note_numbers(made.node, numbers)
     return made
 
 
@@ -194,7 +192,7 @@ def folded(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
     if not any(x is None for x in literal):
         return [known(graph, out) for out in _evaluated(eqn, literal)]
     sources = [part for x in ins for part in parts(x)]
-    if not all_given(sources) or (name in _MOVING and len(sources) == len(ins)):
+    if not all_known(sources) or (name in _MOVING and len(sources) == len(ins)):
         return None
     with np.errstate(all="ignore"):
         numbers: Any = [[entries(part) for part in parts(x)] for x in ins]
@@ -204,11 +202,11 @@ def folded(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
 
 def note_moved(eqn: Any, ins: Sequence[Any], outs: Sequence[Any]) -> None:
     """Of an equation that only moves entries of given arrays, note how the numbers that it makes are worked out."""
-    if eqn.primitive.name not in _MOVING or not all_given(ins):
+    if eqn.primitive.name not in _MOVING or not all_known(ins):
         return
     sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
     for i, out in enumerate(outs if 0 < min(sizes) <= max(sizes) <= _MOST_EVALUATED else ()):
-        arrays.note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
+        arrays.note_later(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
 
 
 def folded_node(name: str, extra: Any, frame: Axes, views: Sequence[View]) -> Node | None:
@@ -241,5 +239,4 @@ def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
         for x, v in zip(known, eqn.invars, strict=True)
     ]
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-        out = eqn.primitive.bind(*args, **eqn.params)
-    return list(out) if eqn.primitive.multiple_results else [out]
+        return _compat.evaluated(eqn, args)

@@ -26,7 +26,7 @@ from varscale.theory.graph.layout import Value, full, value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf
 from varscale.theory.interpreter.inputs import MODEL_SEED, known_or_real
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.rules.random import another, as_weight, is_weight
+from varscale.theory.rules.random import as_weight, is_weight, redrawn
 from varscale.theory.rules.registry import Complex, Opaque, live_equations, map_parts, parts
 from varscale.usage.parameters import ParameterUses, named_leaves
 
@@ -131,7 +131,7 @@ def init_laws(
     values |= interpreted([i for i in drawn if not is_weight(values[first[i]])])
     for i, j in enumerate(first):
         if i not in values:
-            values[i] = another(interpreter, values[j], values[j].node, i) if i in drawn else values[j]
+            values[i] = redrawn(interpreter, values[j], values[j].node, i) if i in drawn else values[j]
     return [values[i] for i in range(len(first))]
 
 
@@ -184,7 +184,7 @@ def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any]
         if not is_weight(first.get(key)):
             first[key] = _laid_parameter(interpreter, law, struct, i)
         # Where a walk draws it, its numbers are those of its place, whatever its law.
-        found[i] = another(interpreter, first[key], "laid", i) if is_weight(first[key]) else first[key]
+        found[i] = redrawn(interpreter, first[key], "laid", i) if is_weight(first[key]) else first[key]
     return found
 
 

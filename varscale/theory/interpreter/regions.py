@@ -44,7 +44,7 @@ class Regions:
         return True
 
     def refuse(self, scope: str, reason: str) -> None:
-        """Take a scope away for good; where what comes out of it is in the way, the scope around it takes its place."""
+        """Take a scope away for good; where its outputs are the reason, the scope around it takes its place."""
         asked = self.scopes.pop(scope, reason)
         self.refused[scope], self.changed = reason, True
         if scope and reason.startswith("random"):
@@ -99,9 +99,8 @@ def blocks(
     own = {scope: [i for i, path in enumerate(paths) if within(path, scope)] for scope in scopes}
     # What is between the first and the last reads of them or is read by them, or may as well be.
     spans = list[tuple[range, str]]()
-    for first, last, scope in sorted(
-        (places[0], places[-1], scope) for scope, places in own.items() if places
-    ):
+    ends = ((places[0], places[-1], scope) for scope, places in own.items() if places)
+    for first, last, scope in sorted(ends):
         if spans and first in spans[-1][0]:
             around, scope = spans.pop()
             first, last = around.start, max(last, around.stop - 1)

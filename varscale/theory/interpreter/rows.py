@@ -58,7 +58,7 @@ def marked_row(eqn: Any, piece: str, steps: Sequence[int]) -> tuple[str, str]:
 
 
 class Made(NamedTuple):
-    """Something that the walk made."""
+    """What a module, a scope or an equation put out in the walk."""
 
     call: str  # scope and, from the second time on, which call of it: "Dense_0#1"
     path: str  # the row's path: the call, and which steps of the loops around it

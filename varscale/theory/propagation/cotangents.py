@@ -312,10 +312,10 @@ def _projection(
     whole = apply(node.graph, "mul", (), node.axes, [slope, root]).whole
     squares = whole.second(node.axes) if part.mask is None else _given_last(node, whole, part.mask)
     axes, square = root.node.axes, root.node.table.divisor
-    normed = [k for k, place in enumerate(root.bind) if place not in scale.bind]
+    normed = root.axes_beyond(scale)
     out = mean_part(sum_out(part.second * squares, node.axes, root), normed, axes) / square
     alike = outer(a.agrees if k in normed else np.ones(a.types) for k, a in enumerate(axes))
-    if normed == [len(axes) - 1]:
+    if normed == (len(axes) - 1,):
         return out * alike
     # Of two places that share part of y or u: (UY + YU)/n − Y mean, U and Y the moments of pairs of either.
     y = full_types(root.node.table.second / square, axes)
@@ -347,7 +347,7 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
         groups = (g for g in cofactors(term).values() if [len(s.bind) for s in g[1:]] == [len(scale.bind)])
         fixed += share**2 * (set(roots(term)) in map(set, groups))
     varied = 2 * (second - outer) * (1 - fixed)
-    own = min(2 / root.node.count(k for k, at in enumerate(root.bind) if at not in scale.bind), varied, 0.9)
+    own = min(2 / root.node.count(root.axes_beyond(scale)), varied, 0.9)
     return (1 + varied - own) / (1 - own)
 
 

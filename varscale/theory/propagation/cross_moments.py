@@ -1,7 +1,7 @@
 """Cross-moments E[a_i b_j] of two arrays over one frame: zero by a fresh weight, the product of means, or expanded.
 
-Two nodes that read one axis, each all of it or a span, the entries in their order or the mean of them, have moments
-E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`): of means, slices, splits and merges all that counts are pairs.
+Two nodes may read one axis of an array, all of it or a span, entry by entry or as a mean. Then E[y_p z_q] is
+Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`): means, slices, splits and merges need counts of pairs alone.
 """
 
 import dataclasses
@@ -106,8 +106,7 @@ def _largest_correlation(a: View, b: View) -> float:
     bound = 1.0
     for mine, other in ((a, b), (b, a)):
         table = mine.node.table
-        spare = [k for k, place in enumerate(mine.bind) if place not in other.bind]
-        averaged = average(table.second, table.axes, spare) - table.total_mean**2
+        averaged = average(table.second, table.axes, mine.axes_beyond(other)) - table.total_mean**2
         bound *= (min(max(averaged, 0.0), table.variance) / max(table.variance, 1e-300)) ** 0.5
     return bound
 
@@ -141,7 +140,7 @@ def _permuted(a: View, b: View, frame: Axes) -> np.ndarray | None:
 
 
 def _terms(x: View, y: View, frame: Axes) -> np.ndarray | None:
-    """A sum is not opened against a function of it or of what is made of it; a term's doubt weighs what the term does in it."""
+    """A weighted sum term by term, but against functions of it; a term's doubt counts by the term's share of the sum."""
     node, read = x.node, roots(y.node) if isinstance(y.node, Apply) else ()
     if isinstance(node, Sum) and all(root.node.depth < node.depth for root in read):
         weights, offset = node.params, 0.0
@@ -181,7 +180,7 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Axes) -> np.ndarr
         if met is not None and len(met) == len(theirs):
             return _read_together(x, mine, y, met, frame)
     # Axes of y that mean(x) does not run over: what x is averaged over, or y may be averaged over them, too.
-    spare = [k for k, place in enumerate(b.bind) if place not in a.bind]
+    spare = b.axes_beyond(a)
     if (met := _matched(mine, _all_entries(b, spare))) is not None:
         return _read_together(x, mine, b, met, frame)
     if not spare or any(b.node.axes[k].labels is not None for k in spare):

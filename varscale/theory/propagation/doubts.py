@@ -34,6 +34,7 @@ from varscale.theory.propagation.marginals import (
     evaluate,
     fluctuating,
     marginal,
+    term_shares,
 )
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
@@ -169,7 +170,7 @@ def mark_depthwise(f: View, g: View) -> None:
 def lost_excess(node: Node) -> float:
     """By how much of a mean square two near places may share more than two places of the merged axes do on average.
 
-    Of most kinds what a linear map of one array leaves of its input's.
+    What moves the entries of one array, or maps it linearly, passes on what that has.
     """
     if isinstance(node, Merge):
         source, (k, sizes) = node.argument, node.params
@@ -268,8 +269,7 @@ def _error_weights(node: Sum | Concat) -> Any:
     own share. A number has no variance, and of an array less its own mean the two are off together.
     """
     if isinstance(node, Concat):
-        squares = np.multiply(node.params[1], [x.table.mean_square for x in node.sources])
-        return squares / sum(node.params[1]) / node.table.divisor
+        return term_shares(node)
     taken, weights, terms = set(node.centring.values()), list[float](), node.terms
     for i, (c, view) in enumerate(terms):
         others = (c * d * mean_of_product(view, x, node.axes) for j, (d, x) in enumerate(terms) if j != i)

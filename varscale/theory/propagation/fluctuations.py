@@ -152,8 +152,8 @@ def propagated_of_conv(node: Conv) -> Spread:
 @propagated.register
 def propagated_of_contract(node: Contract) -> Spread:
     """Both arguments' scales, which go together where one has all the places of the other; and what weights make of either."""
-    n, apart = len(node.axes), not applied_weights(node)
-    x, y = (averaged(v.node, [k for k, b in enumerate(v.bind) if b >= n], apart=apart) for v in node.args)
+    apart = not applied_weights(node)
+    x, y = (averaged(v.node, v.axes_at(node.summed), apart=apart) for v in node.args)
     few, many = sorted(({b for b in bind if b < len(node.axes)} for _, bind in node.args), key=len)
     unlike = node.argument is node.args[1].node or not few <= many
     together = 0.0 if unlike else min(shared(x.places, y.places), 1.0)

@@ -126,8 +126,7 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power:
     table, axes = main.node.table, main.node.axes
     sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), axes)
     pairs = np.abs(np.clip(full_types(second, axes) / sizes, -1, 1)) ** power * sizes**2
-    over = {k for k, place in enumerate(main.bind) if place not in scale.bind}
-    return _over_squared_mean(pairs, table.diagonal, axes, over)
+    return _over_squared_mean(pairs, table.diagonal, axes, main.axes_beyond(scale))
 
 
 def _over_squared_mean(pairs: np.ndarray, squares: np.ndarray, axes: Axes, over: Collection[int]) -> float:
@@ -162,9 +161,9 @@ def fresh(node: Node, axes: Collection[int] | None = None) -> float:
     excess = _over_squared_mean(*square_pairs(node), node.axes, over) - 1.0
     # Terms, and parts of what is joined, add what of their squares is not as in Gaussian arrays: of gates.
     joined = isinstance(node, Sum | Concat)
-    for share, (part, bind) in zip(term_shares(node), node.args, strict=True) if joined else ():
-        if part.entrywise:
-            own, table = tuple(k for k, place in enumerate(bind) if place in over), part.table
+    for share, view in zip(term_shares(node), node.args, strict=True) if joined else ():
+        if (part := view.node).entrywise:
+            own, table = view.axes_at(over), part.table
             gaussian = 2 * average(table.second**2 - table.outer**2, table.axes, own) / table.divisor**2
             excess += share**2 * (fresh(part, own) - gaussian)
     return excess if excess > EXCESS_ROUNDING else 0.0
@@ -174,8 +173,8 @@ EXCESS_ROUNDING = 1e-12  # what rounding leaves of a relative variance that is z
 
 
 def free_share(weight: Leaf, terms: float, units: int) -> float:
-    """What of a product's mean square is up to the draw: nothing where it turns its input, some where it projects it."""
-    return max(1 - units / terms, 0.0) if weight.name[0] == "orthonormal" else 1.0
+    """What part of a product's sampling variance is left: none where weights rotate the input, less where they project it."""
+    return max(1 - units / terms, 0.0) if weight.kind == "orthonormal" else 1.0
 
 
 @once_per_node

@@ -4,9 +4,8 @@ A fork is two paths that carry one cotangent to one value. Of y = l + exp(l) the
 is not 1 + E[e^2l]. Each path's own part is passed back by the nodes on it; what is worked out here is the rest,
 Σ_{p≠q} E[s_p s_q] over pairs of paths with slopes s.
 
-Places that copy or share numbers with their neighbours are taken for as alike as any two. Backward, windows make near
-cotangents alike, and copies and windows that overlap add them up. What that may change is bounded here; where it is much, the
-whole model is drawn.
+Tables do not tell near places from far ones. But cotangents of near places are correlated behind windows, and windows that
+overlap, or copies, add them up. The error of that is bounded here; where it is large, the whole model is drawn.
 """
 
 import dataclasses
@@ -18,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, apply_axis, average, contract_axes
-from varscale.theory.domain.axis_maps import lift_types
-from varscale.theory.domain.tables import full_types
+from varscale.theory.domain.axes import Axes, average, contract_axes, rest
+from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.convolutions import Conv, WindowMax, WindowSum
 from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, scale_and_shift, swapped
 from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
@@ -54,11 +52,9 @@ class Cotangent:
 def sum_out(second: np.ndarray, frame: Axes, view: View) -> np.ndarray:
     """A frame's cotangent moments, summed over the axes that the viewed node does not have, by the node's own types."""
     kept = sorted(view.bind)
-    lacking = {k: axis.pairs for k, axis in enumerate(frame) if k not in kept}
-    out = contract_axes(full_types(second, frame), lacking).transpose([kept.index(b) for b in view.bind])
-    for k, (own, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
-        out = out if own.labels == frame[place].labels else apply_axis(out, k, lift_types(own, frame[place]))
-    return out
+    out = contract_axes(full_types(second, frame), {k: frame[k].pairs for k in rest(frame, kept)})
+    axes, places = [frame[b] for b in kept], [view.bind.index(b) for b in kept]
+    return lift(out, axes, places, view.node.axes, pairs=True)
 
 
 def mean_part(second: np.ndarray, axes: Sequence[int], frame: Axes) -> np.ndarray:
@@ -231,7 +227,7 @@ def _overlaps(node: Node, i: int) -> tuple[Sequence[int], float]:
         # The products of any two of a cotangent's terms are in doubt, too.
         squares = np.square(matrix.values).sum() * matrix.axes[0].size
         met = max(float(np.square(matrix.values.sum()) / squares), 1.0)
-        return [k for k, b in enumerate(node.args[i].bind) if b >= len(node.axes)], met
+        return node.args[i].axes_at(node.summed), met
     return (), 1.0
 
 

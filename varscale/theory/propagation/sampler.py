@@ -1,18 +1,19 @@
 """Arrays drawn with the laws of nodes, at some of their positions: for what no formula covers.
 
-An array is drawn from what it is made of, itself drawn: sums, means, products with weights, moves; else by its own moments.
+A node is drawn from draws of its arguments where its kind allows (`sampled_from`); else from its own moments.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from varscale.theory.domain.axes import Axes, Axis, reduced
+from varscale.theory.domain.axes import Axes, Axis, over_classes, pool, reduced, refine
 from varscale.theory.domain.tables import (
     LOOSE,
     Positions,
@@ -21,6 +22,7 @@ from varscale.theory.domain.tables import (
     estimated_products,
     gaussian,
     over_frame,
+    table_over,
 )
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
@@ -37,7 +39,7 @@ from varscale.theory.graph.linear_nodes import (
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off
-from varscale.theory.propagation.marginals import evaluate, marginal
+from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
 from varscale.theory.propagation.pullbacks import repeats
 
 TERMS = 32  # terms of a sum that stand for all
@@ -59,7 +61,7 @@ def sampled_from(node: Node, drawing: Drawing, positions: Positions) -> np.ndarr
 class Drawing:
     """Nodes drawn together, so many replicates: what they have in common is the same in all.
 
-    Positions that stand for all of an axis are `some`, in sums and means and wherever nodes are asked for at them.
+    `some` gives the positions of an axis that stand for all of it: sums and means are taken over these.
     """
 
     def __init__(self, replicates: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
@@ -111,9 +113,9 @@ def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
 
 
 def picked(known: np.ndarray, axes: Axes, positions: Positions, replicates: int) -> np.ndarray:
-    """Known draws at some positions: found by where they are along an axis of which all are known; of others any will do.
+    """Known draws at some positions: along an axis that was drawn whole those positions' own, along others any.
 
-    Where more are asked for than there are, those of other draws stand in.
+    Where more are asked for than were drawn, those of other replicates stand in.
     """
     found = [
         (np.zeros(len(asked), int), asked) if n == axis.size else np.divmod(np.arange(len(asked)), n)
@@ -132,9 +134,6 @@ def _drawn(node: Node, positions: Positions, replicates: int) -> np.ndarray:
     latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
     classes = [axis.classes for axis in node.axes]
     labels = [axis.label_array[kept] for axis, kept in zip(node.axes, positions, strict=True)]
-    if law.gaussian:
-        mean, deviation = (np.broadcast_to(x, classes)[np.ix_(*labels)] for x in (law.mean, law.deviation))
-        return mean + deviation * latents
     values, out = np.broadcast_to(law.values, (*classes, len(Z))), np.empty_like(latents)
     for cell in np.ndindex(*classes):
         own = [np.flatnonzero(label == c) for label, c in zip(labels, cell, strict=True)]
@@ -257,6 +256,41 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
     return table.values[tuple(rows[k] if k in rows else mesh[place] for k, place in enumerate(bind))]
 
 
+_MOST_DRAWN = 3_000_000  # elements drawn for one node
+
+
+def draw(node: Node, sizes: Sequence[int]) -> np.ndarray:
+    """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)
+
+    The scale of a norm is a number here, as it is in quadrature: what it normalises is Gaussian given it, x = √v·z, so that
+    x/√v is z whatever v is, and x/√(E v) with x drawn alone has the law of z. E[1/v] of v drawn apart would be left over.
+    """
+    env, every, rng = dict[Any, np.ndarray](), roots(node), np.random.default_rng(0)
+    replicates = int(np.clip(_MOST_DRAWN / math.prod(sizes), 16, 20_000))
+    # Trees are evaluated over a frame with the replicates last, as quadrature points are.
+    for root in every:
+        x, own = root.node, [sizes[b] for b in root.bind]
+        if concentrated(x) and any(x.deps & other.node.deps for other in every if other != root):
+            drawn = np.full((1, *[1] * len(own)), x.table.total_mean)
+        elif isinstance(x, Array):
+            drawn = np.asarray(x.values, float)[tuple(slice(0, n) for n in own)][None]
+        else:
+            law, plain = marginal(x), [Axis(axis.size) for axis in x.axes]
+            line, positions = over_classes(np.asarray(law.values, float), x.axes), list(map(np.arange, own))
+            drawn = read_off(line, gaussian(pool(law.correlation, x.axes), plain, positions, replicates, rng))
+        env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
+    out = evaluate(node.whole, node.axes, env)
+    return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
+
+
+def pooled_estimate(samples: np.ndarray, axes: Axes) -> Table:
+    """A table with one class an axis, from replicates (first axis) at reduced sizes."""
+    second = estimate(samples, [Axis(n) for n in samples.shape[1:]]).second
+    for k, n in enumerate(samples.shape[1:]):
+        second = second if n > 1 else second.take([0, 0], k)
+    return table_over(axes, samples.mean(), refine(second, axes))
+
+
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
 SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
 
@@ -283,7 +317,7 @@ def _thinned(drawn: np.ndarray, axes: Axes, positions: Positions) -> tuple[np.nd
 def table_of_draws(numbers: np.ndarray, axes: Axes, positions: Positions) -> Table:
     """The table of what was drawn, (replicates, positions...).
 
-    A mean that may be zero by its standard error is: a loop changes sign with its weights unless something breaks that.
+    A mean that is zero within its error is set to zero: a loop changes sign with its weights unless something breaks that.
     """
     table, means = pooled(numbers, axes, positions), numbers.mean(axis=tuple(range(1, numbers.ndim)))
     if abs(means.mean()) < SCORES * means.std() / math.sqrt(len(means)):
@@ -291,15 +325,14 @@ def table_of_draws(numbers: np.ndarray, axes: Axes, positions: Positions) -> Tab
     return table
 
 
-def cross_moments(x: np.ndarray, y: np.ndarray, axes: Axes, positions: Positions) -> np.ndarray:
-    """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
-    mean, error = measured_products(x, y, axes, positions)
-    # Most loops change sign with weights that what else there is does not have.
-    return np.where(np.abs(mean) > SCORES * error, mean, 0.0)
+def cross_moments_of_draws(
+    x: np.ndarray, y: np.ndarray, axes: Axes, positions: Positions, otherwise: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """E[x_i y_j] by type, from draws of both, (replicates, positions...); what is expected where it is that within its error.
 
-
-def measured_products(x: np.ndarray, y: np.ndarray, axes: Axes, positions: Positions) -> np.ndarray:
-    """E[x_i y_j] by type and its standard error, from draws of both, (replicates, positions...)."""
+    Most loops change sign with weights that what else there is does not have: zero is expected of them.
+    """
     (x, small), (y, _) = (_thinned(z, axes, positions) for z in (x, y))
     found = estimated_products(x, y, small)
-    return np.stack([found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)])
+    mean, error = found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
+    return np.where(np.abs(mean - otherwise) > SCORES * error, mean, otherwise)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from varscale.theory.domain.axes import Axis, contract_axes, over_classes
-from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Axes, Table, by_type, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Axes, Table, by_type, means_by_type, table_over
 from varscale.theory.graph.expressions import (
     IDENTITIES,
     Apply,
@@ -41,7 +41,7 @@ from varscale.theory.propagation.marginals import (
     marginal,
     scatter,
 )
-from varscale.theory.propagation.sampler import SCORES, Drawing, evenly, in_order, measured_products
+from varscale.theory.propagation.sampler import Drawing, cross_moments_of_draws, evenly, in_order
 from varscale.theory.propagation.token_gram import gained_in_common
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
@@ -60,7 +60,7 @@ class _Group(NamedTuple):
 
 
 def _followers(variables: Sequence[View], frame: Axes) -> dict[View, _Follower]:
-    """Known arrays over axes that an earlier one is over, too: one position tells both."""
+    """Known arrays over the axes of an earlier one, on the grid of that: both are functions of one position."""
     arrays = {view: view.node for view in variables if isinstance(view.node, Array)}
     leaders: dict[tuple[int, ...], View] = {}
     out = {}
@@ -232,8 +232,7 @@ def _or_measured(found: np.ndarray, a: View, b: View, frame: Axes) -> np.ndarray
         return found
     positions = [_some(axis) for axis in frame]
     x, y = (Drawing(_REPLICATES, _some).at(view, frame, positions) for view in (a, b))
-    mean, error = measured_products(x, y, frame, positions)
-    return np.where(np.abs(mean - found) > SCORES * error, mean, found)
+    return cross_moments_of_draws(x, y, frame, positions, otherwise=found)
 
 
 def _some(axis: Axis) -> Int[np.ndarray, " kept"]:
@@ -253,8 +252,8 @@ def refuse_two_places(views: Sequence[View]) -> None:
 def second_moments_of_sum(node: Sum) -> Table:
     refuse_two_places(node.args)
     terms = node.terms
-    mean = np.zeros([a.classes for a in node.axes]) + sum(c * x.mean(node.axes) for c, x in terms)
-    second = np.zeros(node.frame_types) + sum(c * c * x.second(node.axes) for c, x in terms)
+    mean = sum(c * x.mean(node.axes) for c, x in terms)
+    second = sum(c * c * x.second(node.axes) for c, x in terms)
     unsure = []
     for (d, y), (c, x) in itertools.combinations(terms, 2):
         found = pair(x, y, node.axes)
@@ -263,7 +262,7 @@ def second_moments_of_sum(node: Sum) -> Table:
         if found.flagged:
             both = (x.node.table.variance * y.node.table.variance) ** 0.5
             unsure.append((found.flagged, 2 * abs(c * d) * both * found.doubt))
-    table = Table(node.axes, mean, second)
+    table = table_over(node.axes, mean, second)
     for how, error in unsure:
         node.graph.flag(how, min(error / table.divisor, UNKNOWN))
     return table
@@ -297,5 +296,4 @@ def second_moments_of_apply(node: Apply) -> Table:
             mark_average(f, scale, node.axes)
         if name in ("mul", "add", "sub"):
             second = second + gained_in_common(node)
-    mean = np.broadcast_to(mean, [a.classes for a in node.axes])
-    return Table(node.axes, np.array(mean), np.array(np.broadcast_to(second, node.frame_types)))
+    return table_over(node.axes, mean, second)

@@ -2,7 +2,7 @@ r"""What places share: how the part of a mean square that is common to all place
 
 A channel of a convolution is, once its weights are drawn, m + v at every place: m common to all, v of variance s² and its own.
 Over places its mean square is K = E[m² + s²]; an average over places keeps C = E[m²] of it, which fluctuates more than K, and
-otherwise. To first order, with F(K) = E[f²] and G(K, C) = E over channels of (E[f | m, s])²,
+differently. To first order, with F(K) = E[f²] and G(K, C) = E over channels of (E[f | m, s])²,
 
     δln K′ = (∂ln F/∂ln K) δln K,   δln C′ = (∂ln G/∂ln K) δln K + (∂ln G/∂ln C) δln C,
 

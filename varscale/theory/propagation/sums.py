@@ -85,10 +85,8 @@ def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     order = np.argsort(values)
     mass = weights[order] / weights.sum()
     below, above = np.cumsum(mass) - mass / 2, np.cumsum(mass[::-1])[::-1] - mass / 2
-    scores = np.where(
-        below < 0.5, special.ndtri(np.maximum(below, 1e-300)), -special.ndtri(np.maximum(above, 1e-300))
-    )
-    return np.interp(Z, scores, values[order])
+    left, right = (special.ndtri(np.maximum(tail, 1e-300)) for tail in (below, above))
+    return np.interp(Z, np.where(below < 0.5, left, -right), values[order])
 
 
 def _points(

@@ -69,7 +69,7 @@ class Tokens(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """How an overlap is made of others: the tokens whose they are, the weight of each, and the variance of what is its own."""
+    """An overlap as a sum of other tokens' overlaps, `sources`, with weights, and of a part of its own, of this variance."""
 
     sources: Sequence[Tokens] = ()
     weights: Sequence[float] = ()
@@ -78,13 +78,12 @@ class Mixture(NamedTuple):
 
 def tokens_of(view: View, tokens: Container[int], features: Container[int]) -> Tokens:
     """Tokens of a view over a frame, by the frame's axes."""
-    own = (tuple(k for k, place in enumerate(view.bind) if place in axes) for axes in (tokens, features))
-    return Tokens(view.node, *own)
+    return Tokens(view.node, view.axes_at(tokens), view.axes_at(features))
 
 
 def normed_together(root: View, scale: View) -> Tokens:
     """The places, and the units of one (along the last axis), of which a norm's scale is that of all together."""
-    over, last = [k for k, place in enumerate(root.bind) if place not in scale.bind], len(root.bind) - 1
+    over, last = root.axes_beyond(scale), len(root.bind) - 1
     return Tokens(root.node, tuple(k for k in over if k != last), tuple(k for k in over if k == last))
 
 
@@ -100,7 +99,7 @@ def tokens_averaged(node: Node) -> Tokens | None:
 
 
 def overlap_before(x: Tokens, y: Tokens) -> float:
-    """The same of features of their own: of one array with itself, less what its features overlap by as if they were white."""
+    """The same before what is of the features alone: of one array with itself it is V less the 1/D of white features."""
     return overlap(x, y) if x != y else max(overlap(x) - 1 / x.count, 0.0)
 
 
@@ -201,7 +200,7 @@ def mixture(x: Tokens) -> Mixture:
 
 @functools.singledispatch
 def mixture_of_sum(node: Node, x: Tokens) -> Mixture | None:
-    """Of a sum over tokens with weights that are made of tokens themselves: what those of its output are made of; else None."""
+    """The mixture behind a sum over tokens whose weights are made of tokens, too (attention); None of any other sum."""
     return None
 
 
@@ -244,8 +243,7 @@ def _made_of(x: Tokens) -> Mixture | None:
 
 def _of_a_product(x: Tokens, node: Contract) -> Mixture | None:
     """Features that are mixed, by weights or otherwise; what tokens are multiplied with is none of theirs."""
-    summed = range(len(node.axes), len(node.frame))
-    sides = [y for v in node.args if (y := tokens_of(v, x.tokens, summed)).tokens]
+    sides = [y for v in node.args if (y := tokens_of(v, x.tokens, node.summed)).tokens]
     inputs = [y for y in sides if y.features] if applied_weights(node) else []
     if len(inputs) != 1:
         if (mixed := mixture_of_sum(node, x)) is not None:
@@ -317,12 +315,11 @@ def _repeated(x: Tokens, node: Gather) -> Mixture | None:
 def gained_by_sum(node: Contract, second: np.ndarray) -> np.ndarray | float:
     """What a contraction of two activations gains over `second`, by type of its output; what is in doubt of it is marked."""
     x, y = node.args
-    summed = range(len(node.axes), len(node.frame))
-    sides = [tokens_of(v, summed, set(v.bind) - set(w.bind)) for v, w in ((x, y), (y, x))]
-    made_alike = x.node.deps & y.node.deps and all(len(side.tokens) == len(summed) for side in sides)
+    sides = [tokens_of(v, node.summed, set(v.bind) - set(w.bind)) for v, w in ((x, y), (y, x))]
+    made_alike = x.node.deps & y.node.deps and all(len(side.tokens) == len(node.params) for side in sides)
     if not made_alike or (overlap := overlap_before(*sides)) <= 0:
         return 0.0
-    tokens = {*summed, *(set(x.bind) & set(y.bind) if all(map(_others, sides)) else ())}
+    tokens = {*node.summed, *(set(x.bind) & set(y.bind) if all(map(_others, sides)) else ())}
     gain = node.contract(overlap * _own_parts(x, y, node.frame, tokens))
     whole, gained = (average(part, node.axes) for part in (second, gain))
     share = gained / max(whole + gained, 1e-300)

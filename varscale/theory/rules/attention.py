@@ -103,14 +103,15 @@ def attention_of(node: Any) -> Attention | None:
 def scores(weights: Any) -> Scores | None:
     """What the logits of softmax weights are, where they are a product of queries and keys, and what is added to it."""
     for slope, product in weighted_sum(weights.args[0])[0]:
-        node, along = product.node, {i for i, k in enumerate(product.bind) if k == weights.params}
-        of_two = isinstance(node, Contract) and weight_of(node) is None
-        for place, query in enumerate(node.args if of_two else ()):
+        node, along = product.node, {*product.axes_at([weights.params])}
+        if not isinstance(node, Contract) or weight_of(node) is not None:
+            continue
+        for place, query in enumerate(node.args):
             if not along & set(query.bind):
-                key, summed = node.args[1 - place], range(len(node.axes), len(node.axes) + len(node.params))
+                key = node.args[1 - place]
                 # Heads and samples are along axes that both have.
-                queries = tokens_of(query, set(query.bind) - set(key.bind), summed)
-                keys = tokens_of(key, along, summed)
+                queries = tokens_of(query, set(query.bind) - set(key.bind), node.summed)
+                keys = tokens_of(key, along, node.summed)
                 known = queries.tokens and keys.tokens
                 return Scores(product, slope**2, queries, keys, place) if known else None
     return None
@@ -175,7 +176,7 @@ def tilted(node: Any) -> np.ndarray | float:
     # What a value varies by along the keys, those of one class compared with each other.
     values, c = full_along(v.second(frame), key, frame[key]), frame[key].classes
     differ = np.take(values, range(c), axis=key) - np.take(values, c + np.arange(c) * (c + 1), axis=key)
-    deviation = contract_axis(np.maximum(differ, 0.0), key, frame[key].counts / frame[key].size)
+    deviation = over_classes(np.maximum(differ, 0.0), frame, [key])
     gain = lift(p.tilt, p.row_axes, [place[k] for k in p.rows], frame, pairs=True).squeeze(key)
     return np.broadcast_to(deviation * gain * seen_by_both * kept, node.frame_types)
 

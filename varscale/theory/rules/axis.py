@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from functools import cache, reduce
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, apply_axis, grouped, labelled, replaced
-from varscale.theory.domain.axis_maps import AxisMap, cotangent_counts, entry_map, pair_counts, slice_map
+from varscale.theory.domain.axis_maps import AxisMap, entry_map, identity_map, pair_counts, slice_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types
 from varscale.theory.graph import layout
 from varscale.theory.graph.layout import Atom, Value, materialize, merged, permute
@@ -35,10 +35,10 @@ _MANY_PARTS = 24  # parts above which they are drawn with what they are joined f
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
-_MOVES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "tile")
+MOVES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "tile")
 
 
-@rule(*_MOVES, entrywise=True)
+@rule(*MOVES, entrywise=True)
 def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     """Entries of one array at other places."""
     p = eqn.params
@@ -115,7 +115,7 @@ def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -
 
 def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
     """One position of an axis of independent weights: weights of their own, on which the whole depends; None of other nodes."""
-    if not isinstance(node, Leaf) or node.name[0] == "orthonormal":
+    if not isinstance(node, Leaf) or node.kind == "orthonormal":
         return None
     graph = node.graph
     along, whole = _SLICED.once(graph, node.id, lambda: (k, _only_sliced(node, k)))
@@ -199,12 +199,7 @@ def _parts(xs: Sequence[View], sizes: Sequence[int], axes: Axes, k: int) -> list
     """Arrays over a frame, one after another along axis k."""
     parts = zip(xs, sizes, itertools.accumulate(sizes, initial=0), strict=False)
     found = ((x, x.node.axes[x.bind.index(k)] if k in x.bind else Axis(n), at) for x, n, at in parts)
-    return [(x, _placed(own, at, axes[k])) for x, own, at in found]
-
-
-@cache
-def _placed(part: Axis, start: int, whole: Axis) -> AxisMap:
-    return entry_map(start + np.arange(part.size), np.arange(part.size), whole, part)
+    return [(x, identity_map(axes[k], own, at)) for x, own, at in found]
 
 
 def _part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node:
@@ -249,10 +244,8 @@ def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Axes, k: int) 
             View(v.node, tuple(last + i if p == k else p - (p > k) for p in v.bind))
             for i, v in enumerate((a, b))
         )
-        # Of two classes along one of them only its own counts.
-        (c, n), (d, m) = ((axis.classes, axis.types) for axis in frame[last:])
-        at = np.minimum(c * np.arange(1, c + 1), n - 1)[:, None], np.minimum(d + np.arange(d), m - 1)
-        table = full_types(cross(x, y, frame), frame)[(..., *at)]
+        # Each axis is one array's alone, and what counts along it is that array's class.
+        table = full_types(cross(x, y, frame), frame)[..., : mine.inner.classes, : theirs.inner.classes]
         members = (where.means() * where.out.counts[:, None] for where in (mine, theirs))
         matrix = np.kron(*members) / np.maximum(pairs[classes:, None], 1.0)
         table = np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k)
@@ -274,12 +267,11 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Axes) -> np.n
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Of each part the slice of the cotangent."""
     (k, sizes), axes = node.params, node.axes
-    parts = _parts(node.args, sizes, axes, k)
-    back = [apply_axis(cotangent, k, cotangent_counts(at)) for _, at in parts]
-    return [
-        None if isinstance(v.node, Constant) else sum_out(x, replaced(axes, k, at.inner), v)
-        for x, (v, at) in zip(back, parts, strict=True)
-    ]
+    back = (
+        sum_out(carried_back(cotangent, k, at), replaced(axes, k, at.inner), v)
+        for v, at in _parts(node.args, sizes, axes, k)
+    )
+    return list(back)
 
 
 def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:

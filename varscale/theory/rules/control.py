@@ -35,7 +35,7 @@ from varscale.theory.rules.sampled_regions import drawn_alone
 
 @rule(*CALLS, "custom_lin", "run_state")
 def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
-    """A function is what is inside it; the library's own sampler is random bits by another name."""
+    """A call is its body; the library's own sampler is random bits by another name."""
     if eqn.params.get("name") == "fast_random_bits":
         return [random_bits(interpreter, eqn, *([x for x in xs if isinstance(x, Opaque)][:1] or xs))]
     own = eqn.primitive.name.startswith("custom_vjp_call")  # its backward rule need not be its derivative
@@ -88,7 +88,7 @@ def index(interpreter: Context, x: Any, step: int) -> Any:
     k = x.dims[0][0].axis if len(x.dims[0]) == 1 else None
     if k is not None and (part := slice_of_weights(x.node, k, step)) is not None:
         return Value(part, layout.renumbered(x.dims[1:], {j: j - (j > k) for j in range(len(x.node.axes))}))
-    return layout.transpose(take(x, 0, step, step + 1), range(1, len(x.dims)))
+    return layout.reshape(take(x, 0, step, step + 1), x.shape[1:])
 
 
 def stack(interpreter: Context, steps: Sequence[Any]) -> Any:

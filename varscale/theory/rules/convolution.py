@@ -14,7 +14,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, full_along, outer
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, identity_map, pair_counts
-from varscale.theory.domain.tables import Table, means_by_type
+from varscale.theory.domain.tables import Table, means_by_type, table_over
 from varscale.theory.graph.convolutions import (
     Conv,
     ConvParams,
@@ -42,7 +42,8 @@ from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.marginals import quantiles_of_kind, scatter_of
 from varscale.theory.propagation.pullbacks import repeats
-from varscale.theory.rules.elementwise import bounded, draw, fewest_terms, of_increasing, pooled_estimate
+from varscale.theory.propagation.sampler import draw, pooled_estimate
+from varscale.theory.rules.elementwise import fewest_terms, of_increasing, tail_excess
 from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.registry import Context, rule
 
@@ -60,8 +61,7 @@ def second_moments_of_conv(node: Conv) -> Table:
     maps = (read.means() for read in map(window_map, windows, places, out))
     for k, matrix in enumerate((np.tile(channels.counts / groups, (features.classes, 1)), *maps), 1):
         mean = apply_axis(mean, k, matrix)
-    mean = np.broadcast_to(by_axis(mean, od), [a.classes for a in node.axes])
-    return Table(node.axes, mean, node.carry(x.table.second))
+    return table_over(node.axes, by_axis(mean, od), node.carry(x.table.second))
 
 
 @pullback.register
@@ -199,10 +199,10 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     correlation = (whole.second - whole.total_mean**2) / max(whole.variance, 1e-300)
     deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
     second = means_by_type(mean, node.axes) + correlation * means_by_type(deviation, node.axes)
-    out = Table(node.axes, np.broadcast_to(mean, whole.mean.shape), second)
+    out = table_over(node.axes, mean, second)
     # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
     near = near_places(node, out.mean_square, source.table.mean_square)
-    node.graph.flag("sampled", bounded(taps_of(node), fewest_terms(source)) + lost_excess(source) + near)
+    node.graph.flag("sampled", tail_excess(taps_of(node), fewest_terms(source)) + lost_excess(source) + near)
     return out
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, outer, over_classes, pool, refine, rest
-from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
+from varscale.theory.domain.axes import Axes, outer, rest
+from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table
 from varscale.theory.graph.convolutions import WindowMax, dim_axes, hits
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots
 from varscale.theory.graph.layout import Dim, Value, axes_along, full, renumbered
@@ -31,11 +31,12 @@ from varscale.theory.graph.nodes import (
 )
 from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
-from varscale.theory.integrals.hermite_series import WEIGHTS, Z, read_off, sphere_squares
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sphere_squares
 from varscale.theory.integrals.primitives import FUNCTIONS
 from varscale.theory.propagation.cross_moments import cross, mean_product
-from varscale.theory.propagation.marginals import along, concentrated, evaluate, marginal
+from varscale.theory.propagation.marginals import along, concentrated, marginal
 from varscale.theory.propagation.pullbacks import selected
+from varscale.theory.propagation.sampler import draw, pooled_estimate
 from varscale.theory.rules.lookup import compared
 from varscale.theory.rules.registry import RECOGNISERS, RULES, Complex, Context, map_parts, parts, rule
 
@@ -161,7 +162,7 @@ class OneOfMany(Node):
         axes, source = self.reduced, self.argument
         count = source.count(axes)
         # The larger the set, the more the tail decides; of what few numbers decide there is no Gaussian tail.
-        self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
+        self.graph.flag("sampled", NEXT_ORDER * math.log(count) + tail_excess(count, fewest_terms(source)))
         sizes = [a.size if k in axes else min(a.size, 2) for k, a in enumerate(source.axes)]
         return pooled_estimate(reduce(draw(source, sizes), tuple(k + 1 for k in axes)), self.axes)
 
@@ -185,9 +186,6 @@ def _is_gaussian(node: Node) -> bool:
 
 class Extreme(OneOfMany):
     """Maximum (or minimum) over axes; `params` is (axes, sign)."""
-
-
-cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
 
 
 @once_per_node
@@ -250,8 +248,8 @@ def fewest_terms(node: Node) -> float:
 
 
 @functools.cache
-def bounded(count: int, width: float) -> float:
-    """By how much the largest square of `count` Gaussians exceeds that of coordinates on a sphere, as a norm makes them."""
+def tail_excess(count: int, width: float) -> float:
+    """By how much the largest square of `count` Gaussians exceeds that of as many coordinates on a sphere of this dimension."""
     if width == math.inf:
         return 0.0
     weights = np.diff(special.ndtr(Z) ** count, prepend=0.0)
@@ -301,40 +299,3 @@ def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
         return Value(interpreter.graph.make(Extreme, kept, views, params) if axes else inner.node, left)
 
     return of_increasing(x, extreme)
-
-
-_MOST_DRAWN = 3_000_000  # elements drawn for one node
-
-
-def draw(node: Node, sizes: Sequence[int]) -> np.ndarray:
-    """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)
-
-    The scale of a norm is a number here, as it is in quadrature: what it normalises is Gaussian given it, x = √v·z, so that
-    x/√v is z whatever v is, and x/√(E v) with x drawn alone has the law of z. E[1/v] of v drawn apart would be left over.
-    """
-    env, every, rng = dict[Any, np.ndarray](), roots(node), np.random.default_rng(0)
-    replicates = int(np.clip(_MOST_DRAWN / math.prod(sizes), 16, 20_000))
-    # Trees are evaluated over a frame with the replicates last, as quadrature points are.
-    for root in every:
-        x, own = root.node, [sizes[b] for b in root.bind]
-        if concentrated(x) and any(x.deps & other.node.deps for other in every if other != root):
-            drawn = np.full((1, *[1] * len(own)), x.table.total_mean)
-        elif isinstance(x, Array):
-            drawn = np.asarray(x.values, float)[tuple(slice(0, n) for n in own)][None]
-        else:
-            law, plain = marginal(x), [Axis(axis.size) for axis in x.axes]
-            line, positions = over_classes(np.asarray(law.values, float), x.axes), list(map(np.arange, own))
-            drawn = read_off(line, gaussian(pool(law.correlation, x.axes), plain, positions, replicates, rng))
-        env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
-    out = evaluate(node.whole, node.axes, env)
-    return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
-
-
-def pooled_estimate(samples: np.ndarray, axes: Axes) -> Table:
-    """A table with one class an axis, from replicates (first axis) at reduced sizes."""
-    # The replicates are one more axis, of which only "the same" is wanted.
-    second = estimate(samples, [Axis(n) for n in samples.shape]).second[0]
-    for k, n in enumerate(samples.shape[1:]):
-        second = second if n > 1 else second.take([0, 0], k)
-    mean = np.full([axis.classes for axis in axes], samples.mean())
-    return Table(tuple(axes), mean, refine(second, axes))

@@ -36,7 +36,7 @@ _WRITTEN_OUT = 8  # products with one weight that an array is made of: T steps h
 
 def _summed(node: Contract, means: np.ndarray) -> np.ndarray:
     """A class array of the frame, summed over the contracted axes."""
-    return contract_axes(means, {len(node.axes) + k: axis.counts for k, axis in enumerate(node.params)})
+    return contract_axes(means, {k: node.frame[k].counts for k in node.summed})
 
 
 @second_moments.register
@@ -150,11 +150,7 @@ def _is_transposed(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
     """Whether a weight meets what its transpose made: W f(Wᵀ x) has x in it, where fresh weights would forget it."""
     leaf, summed = weight.node, {a.axis for d in contracted for a in weight.dims[d]}
     uses = (v.node for v in _uses(x.node, leaf) if isinstance(v.node, Contract)) if leaf.is_drawn else ()
-    return any(
-        v.node is leaf and summed != {k for k, b in enumerate(v.bind) if b >= len(first.axes)}
-        for first in uses
-        for v in first.args
-    )
+    return any(v.node is leaf and summed != {*v.axes_at(first.summed)} for first in uses for v in first.args)
 
 
 def without_factor(x: Value) -> tuple[float, Value]:

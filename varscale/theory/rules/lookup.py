@@ -4,8 +4,8 @@ Whole numbers of which only the shape is given are ids and lengths. Ids are unif
 the identity matrix, looked up by id. Masks are all true: an id is a valid one and no padding (`ids != 0`, `ids < n`), a length
 is the whole (`arange(n) < lengths`). What else is done with such numbers takes them for standard normals, in doubt.
 
-Given ids may fill up rows to one length. Whether a place is padding depends on its row and position together: rows of a length
-are a class, and so are positions between two lengths. Of many lengths those most alike are one class, with a doubt.
+Given token ids may be padded to one length. Whether a place is padding depends on its row and position together: rows of a
+length are a class, and so are positions between two lengths. Of many lengths the closest are merged, with a doubt.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, contract_axes, grouped, labelled, outer, replaced, rest
-from varscale.theory.domain.axis_maps import entry_map
-from varscale.theory.domain.tables import LEADING_ORDER, Table, lift, per_pair
+from varscale.theory.domain.axes import Axis, contract_axes, grouped, outer, over_classes, replaced, rest
+from varscale.theory.domain.axis_maps import taken_map
+from varscale.theory.domain.tables import LEADING_ORDER, Table, lift, per_pair, table_over
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
@@ -35,10 +35,10 @@ from varscale.theory.rules.axis import take
 from varscale.theory.rules.registry import Context, rule
 
 MOST_LENGTHS = 3  # that rows are told apart by, and so positions into one class more
-_CHANCE = 4.0  # standard deviations by which rows have to end in one value more often than by chance
-_ALIKE = 1.0  # positions of a row by which two arrays may differ that are filled up alike
-PADDED: Fact[None, frozenset[tuple[int, ...]]] = Fact()  # shapes of the model's inputs that are filled up
-_CLASSED: Fact[None, list[Any]] = Fact()  # where ids are filled up, and axes with classes for it
+_CHANCE = 4.0  # standard deviations by which runs of one value have to be longer than chance has them
+_ALIKE = 1.0  # positions of a row by which two padding masks may differ that are taken for one
+PADDED: Fact[None, frozenset[tuple[int, ...]]] = Fact()  # shapes of the model's padded inputs
+_CLASSED: Fact[None, list[Any]] = Fact()  # padding masks of ids, and the axes with classes for each
 
 
 @second_moments.register
@@ -46,10 +46,10 @@ def second_moments_of_gather(node: Gather) -> Table:
     (row_axes, places, _, rows, _), (source, bind) = node.params, node.args[0]
     table, axes = source.table, source.axes
     ids, sizes = node.known, [axis.size for axis in node.indexed]
-    field = None if ids is None else _paddings(node.graph, ids.reshape(sizes))
+    field = None if ids is None else _padding_of(node.graph, ids.reshape(sizes))
     if field is not None and len(np.unique(field.sum(axis=1))) > MOST_LENGTHS + 1:  # than are told apart
         node.graph.flag("assumed", LEADING_ORDER)
-    mean = contract_axes(table.mean, {k: axes[k].counts / axes[k].size for k in row_axes})
+    mean = over_classes(table.mean, axes, row_axes)
     same = contract_axes(table.second, {k: axes[k].same for k in row_axes})
     # Of two of the rows, which may agree along some axes but not along all.
     other = rows * contract_axes(table.second, {k: axes[k].any_pair for k in row_axes}) - same
@@ -57,9 +57,8 @@ def second_moments_of_gather(node: Gather) -> Table:
     own, at = [axes[k] for k in kept], [bind[k] for k in kept]
     rate = lift(node.rates(), node.indexed, places, node.axes, pairs=True)
     same, other = (lift(x, own, at, node.axes, pairs=True) for x in (same, other / max(rows - 1, 1)))
-    second = np.broadcast_to(rate * same + (1 - rate) * other, node.frame_types)
-    mean = np.broadcast_to(lift(mean, own, at, node.axes, pairs=False), [a.classes for a in node.axes])
-    return Table(node.axes, np.array(mean), np.array(second))
+    mean = lift(mean, own, at, node.axes, pairs=False)
+    return table_over(node.axes, mean, rate * same + (1 - rate) * other)
 
 
 @pullback.register
@@ -139,7 +138,7 @@ def rows_by_index(
         table, places = line.reshape([n for n in sizes if n > 1]), itertools.count()
         lines = [(Atom(n, next(places)),) if n > 1 else () for n in sizes]
         if table.ndim == count == len(row_axes) == 1 and (axis := x.node.axes[row_axes[0]]).classes > 1:
-            found = entry_map(np.arange(len(line)), line, labelled(axis.label_array[line]), axis)
+            found = taken_map(line, axis)
             dims = (*layout.renumbered(lines, {0: row_axes[0]}), *x.dims[1:])
             return layout.transpose(Value(mapped(x.node, row_axes[0], found), dims), order)
         axes, which = classed_axes(graph, table), hashlib.sha1(line.tobytes()).hexdigest()
@@ -182,7 +181,7 @@ def compared(interpreter: Context, name: str, shape: Sequence[int], x: Value, y:
 def _is_unknown(node: Node) -> bool:
     """Whether it is whole numbers of which only the shape is given, moved, shifted or beside others."""
     if isinstance(node, Leaf):
-        return node.name[0] == "ids"
+        return node.kind == "ids"
     if isinstance(node, Concat):
         return any(map(_is_unknown, node.sources))
     shifted = node.primitive == "affine" and node.params[1][0] > 0
@@ -204,10 +203,10 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> 
     return found
 
 
-def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows positions"] | None:
-    """Where rows are filled up, behind or in front, by one value; None where they are not.
+def padding_mask(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows positions"] | None:
+    """The padding mask of token ids: where rows end, or begin, in runs of one value; None where those may be chance.
 
-    Of a share q of the other ids, rows end by chance in runs of mean length q/(1 − q) and variance q/(1 − q)².
+    Runs of a value that is a share q of the other ids have by chance the mean length q/(1 − q) and the variance q/(1 − q)².
     """
     if len(np.unique(ids)) < 3:  # a mask is no array of ids
         return None
@@ -228,26 +227,26 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
     return None
 
 
-def filled_shapes(given: Sequence[Any]) -> frozenset[tuple[int, ...]]:
-    """The shapes (rows, positions) of given arrays of ids that are filled up."""
+def padded_shapes(given: Sequence[Any]) -> frozenset[tuple[int, ...]]:
+    """The shapes (rows, positions) of given arrays of padded ids."""
     arrays = (x for x in given if isinstance(x, np.ndarray | jax.Array) and x.ndim > 1 and x.size > 1)
     ids = [_as_rows(x) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer)]
-    return frozenset(rows.shape for rows in ids if filled_up(rows) is not None)
+    return frozenset(rows.shape for rows in ids if padding_mask(rows) is not None)
 
 
 def _as_rows(x: Any) -> np.ndarray:
     return np.asarray(x).reshape(-1, np.shape(x)[-1])
 
 
-def _paddings(graph: Graph, ids: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "rows positions"] | None:
-    """Where ids are filled up, of a shape of inputs that are; None where they are not."""
-    return filled_up(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph) else None
+def _padding_of(graph: Graph, ids: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "rows positions"] | None:
+    """The padding mask of ids that have the shape of a padded input; None of others."""
+    return padding_mask(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph) else None
 
 
 def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
-    """Axes of an array of ids, classed where given ids are filled up and these are, too; of others, by the same axes."""
+    """Axes of an array of ids, with classes for the padding of padded ones; of others, those known of axes of their sizes."""
     seen = _CLASSED.once(graph, None, list)
-    if (field := _paddings(graph, ids)) is None:
+    if (field := _padding_of(graph, ids)) is None:
         classed = {axis for _, axes in seen for axis in axes if axis.labels is not None}
         known = [[axis for axis in classed if axis.size == n] for n in ids.shape]
         return [axes[0] if len(axes) == 1 else Axis(n) for axes, n in zip(known, ids.shape, strict=True)]
@@ -267,11 +266,11 @@ def is_mask(graph: Graph, numbers: Float[np.ndarray, "..."]) -> bool:
 
 
 def padded(graph: Graph) -> frozenset[tuple[int, ...]]:
-    """The shapes of the model's inputs that are filled up."""
+    """The shapes of the model's padded inputs."""
     return PADDED.get(graph, None) or frozenset()
 
 
-def repeat_rates(ids: Int[np.ndarray, "..."], axes: Axes) -> Float[np.ndarray, "..."]:
+def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
     """P(ids_i = ids_j) by type of pair, of ids ≥ 0: Σ n_c n_c' over values and what axes agree on, n_c of them in class c."""
     rank, places, cells = ids.ndim, np.indices(ids.shape).reshape(ids.ndim, -1), [a.classes for a in axes]
     labels = tuple(axis.label_array[at] for axis, at in zip(axes, places, strict=True))

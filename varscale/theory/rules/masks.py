@@ -77,7 +77,7 @@ def keys_seen(
     mask: Array, bind: tuple[int, ...], axes: tuple[Axis, ...], key: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys that a row sees, by class of both; keys that two rows share, by type and class. 1/n is averaged within a class."""
-    left, across = [b for b in bind if b != key], tuple(k for k, b in enumerate(bind) if b == key)
+    left, across = [b for b in bind if b != key], View(mask, bind).axes_at([key])
     members = mask.values.sum(axis=across) * (1 if across else axes[key].size)
     table, number = estimate(mask.values, [axes[b] for b in bind]), axes[key].counts
     inverse = estimate(1 / np.maximum(members, 1.0), [axes[b] for b in left])
@@ -108,7 +108,7 @@ def keys_apart(mask: Array, key: int) -> float:
 @once_per_node
 def rows_filled(mask: Array, bind: tuple[int, ...], key: int) -> list[View]:
     """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
-    keys = tuple(k for k, b in enumerate(bind) if b == key)
+    keys = View(mask, bind).axes_at([key])
     some = np.asarray(np.any(mask.values, axis=keys, keepdims=True))
     parts = [(mask.values | ~some, bind), (np.squeeze(some, keys), tuple(b for b in bind if b != key))]
     made = [(array(mask.graph, x), at) for x, at in parts[: 1 if some.all() else 2]]
@@ -133,7 +133,7 @@ def row_classes(frame: tuple[Axis, ...], random: View, allowed: View, key: int) 
 @once_per_node
 def _classes_by_keys(mask: Array, bind: tuple[int, ...], key: int, most: int) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
-    seen = mask.values.sum(axis=tuple(k for k, b in enumerate(bind) if b == key))
+    seen = mask.values.sum(axis=View(mask, bind).axes_at([key]))
     level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)  # who sees none is in no other's class
     means = [level.mean(axis=tuple(j for j in range(level.ndim) if j != i)) for i in range(level.ndim)]
     bins = (most * (x - x.min()) / (span if (span := np.ptp(x)) > 0.01 else math.inf) for x in means)

@@ -111,10 +111,10 @@ def _drawn_slices(node: Node) -> list[Node]:
 
 def is_weight(x: Any) -> bool:
     """Whether a parameter is a random leaf that no other parameter is made of."""
-    return isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] == "weight"
+    return isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.kind == "weight"
 
 
-def another(interpreter: Context, x: Value, *name: Any) -> Value:
+def redrawn(interpreter: Context, x: Value, *name: Any) -> Value:
     """An independent weight of the same law; `name` tells it from others."""
     own = x.node
     assert isinstance(own, Leaf)

@@ -22,6 +22,7 @@ from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, axes_along, merged
 from varscale.theory.graph.nodes import Array, Leaf, Node
+from varscale.theory.integrals.primitives import COMPARISONS
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
 from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.rules.region_sizes import (
@@ -88,7 +89,6 @@ def operand(x: Any, aval: Any, *, nudge: bool = False) -> Operand:
     return Operand(tuple(flat), None, aval, nudge)
 
 
-_COMPARED = {"lt", "le", "gt", "ge", "eq", "ne"}
 _COMBINED = {"convert", "and", "or", "not", "min", "max"}
 
 
@@ -96,7 +96,7 @@ def _is_decided(node: Node) -> bool:
     """Whether it is known, comparisons of real numbers, or logic of such: as good as what is compared when it is drawn."""
     name = node.params[0] if isinstance(node, Apply) else None
     combined = name in _COMBINED and all(_is_decided(view.node) for view in node.args)
-    return combined or name in _COMPARED or node.is_literal
+    return combined or name in COMPARISONS or node.is_literal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

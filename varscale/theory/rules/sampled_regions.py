@@ -30,7 +30,7 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, combine, 
 from varscale.theory.propagation.sampler import (
     SCORES,
     Drawing,
-    cross_moments,
+    cross_moments_of_draws,
     evenly,
     in_order,
     picked,
@@ -169,7 +169,7 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Axes) -
         return None
     own = b.within(place)
     theirs = node.draws.drawing.at(own, node.axes, node.positions)
-    table = cross_moments(node.numbers, theirs, node.axes, node.positions)
+    table = cross_moments_of_draws(node.numbers, theirs, node.axes, node.positions)
     return a.over(table, frame, pairs=True)
 
 
