@@ -102,3 +102,27 @@ def test_an_output_that_is_read_past_it_has_the_gradient_of_its_own_readers(mode
     report = vs.predict(model, X, draws=32)
     assert [row.path for row in report.rows if row.gradient is None or not row.gradient_holds] == []
     assert max(row.gradient_error_bound for row in report.rows) < 0.25
+
+
+class Scale(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x / 2
+
+
+class Gated(nn.Module):
+    """A sum that reads a scaled copy through two gates, whose mean is not zero, beside a reader of what it is a copy of."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(32, name="stem")(x)
+        gates = [nn.sigmoid(nn.Dense(32)(x)) for _ in range(2)]
+        scaled = Scale()(h)
+        return nn.Dense(8)(jnp.tanh(gates[0] * scaled + gates[1] * scaled)) + nn.Dense(8)(h)
+
+
+def test_a_scaled_copy_that_a_sum_reads_twice_has_the_part_that_its_readers_share():
+    """Without 2 E[a b] of the gates it is .40 for .77. A sound row fails once in 10,000 times, that one never passes."""
+    row = vs.predict(Gated(), jax.ShapeDtypeStruct((16, 32), jnp.float32), draws=32)["Scale_0"]
+    assert row.gradient_holds
+    assert row.gradient_error_bound < 0.1

@@ -21,8 +21,8 @@ from varscale.theory.integrals.primitives import POSITIVE
 
 T = TypeVar("T")
 
-# Forward; backward nothing passes the first, and what a custom rule says passes the second.
-IDENTITIES = ("stop_gradient", "own_gradient")
+# Forward; backward nothing passes the first, what a custom rule says passes the second, and the third is told apart.
+IDENTITIES = ("stop_gradient", "own_gradient", "row")
 
 
 class Apply(Node):
@@ -43,8 +43,8 @@ class Apply(Node):
                 self.odd = (x.odd & y.unseen) | (y.odd & x.unseen if name == "mul" else 0)
                 self.even |= x.odd & y.odd & symmetric
                 self.positive = x.positive and y.positive
-            case "affine" | "stop_gradient" | "own_gradient":
-                c, d = extra or (1.0, 0.0)
+            case "affine" | "stop_gradient" | "own_gradient" | "row":
+                c, d = extra[:2] or (1.0, 0.0)
                 self.odd, self.positive = x.odd * (d == 0), x.positive and c >= 0 and d >= 0
             case "abs" | "integer_pow" if name == "abs" or extra[0] % 2 == 0:
                 self.even |= x.odd & symmetric
@@ -113,6 +113,14 @@ def roots(node: Node) -> tuple[View, ...]:
     if not isinstance(node, Apply):
         return () if isinstance(node, Constant) else (node.whole,)
     return tuple(sorted(roots_of(*node.args), key=lambda view: (view.node.id, view.bind)))
+
+
+@once_per_node
+def trees(node: Node) -> tuple[View, ...]:
+    """An elementwise tree and those in it, as views over its frame."""
+    if not isinstance(node, Apply):
+        return ()
+    return tuple(dict.fromkeys([node.whole, *(x.within(v.bind) for v in node.args for x in trees(v.node))]))
 
 
 _FORMS: Fact[Hashable, int] = Fact()  # the number of each form
@@ -236,7 +244,7 @@ def factors(view: View) -> tuple[float, list[View]]:
         case "affine" if extra[1] == 0:
             c, f = factors(args[0])
             return c * extra[0], f
-        case "stop_gradient" | "own_gradient":
+        case "stop_gradient" | "own_gradient" | "row":
             return factors(args[0])
         case "div":
             c, f = factors(args[0])

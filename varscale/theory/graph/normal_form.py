@@ -70,7 +70,7 @@ def apply(
     match name:
         case "add" | "add_any" | "sub":
             mine, others = (set(roots_of(view)) for view in views)
-            if mine and others and x != y and (mine <= others or others <= mine):
+            if constants == [None, None] and x != y and (mine <= others or others <= mine):
                 return graph.make(Apply, axes, views, (name.removesuffix("_any"), extra))
             return total(graph, (1.0, -1.0 if name == "sub" else 1.0), axes, views)
         case "mul" if d is not None:
@@ -296,7 +296,7 @@ def derivative(node: Node, target: View) -> View | None:
         if inner is None:
             continue
         match name:  # ∂(primitive)/∂(argument k)
-            case "add" | "own_gradient" | "sub" | "affine":
+            case "add" | "own_gradient" | "row" | "sub" | "affine":
                 c = extra[0] if name == "affine" else -1.0 if name == "sub" and k else 1.0
                 outer = number(node.graph, c).whole
             case "mul":

@@ -69,7 +69,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: _guard(getattr(np, name)) for name in _OVERFLOWING.split()},
     **{name: lambda x, y, f=f: f(x, y).astype(float) for name, f in COMPARISONS.items()},
     **{name: _on_bits(name) for name in BITWISE},
-    **dict.fromkeys(("stop_gradient", "own_gradient"), lambda x: x),
+    **dict.fromkeys(("stop_gradient", "own_gradient", "row"), lambda x, *number: x),
     "add_any": np.add,
     "sub": np.subtract,
     "mul": np.multiply,

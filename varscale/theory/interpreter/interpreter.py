@@ -13,6 +13,7 @@ To teach it a primitive, register a rule: a function of the interpreter, the equ
 """
 
 from collections.abc import Collection, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -22,12 +23,11 @@ from varscale import _compat
 from varscale.programs.pieces import environment, read
 from varscale.programs.scopes import ends
 from varscale.theory.domain.axes import axes_of
-from varscale.theory.domain.tables import independent
-from varscale.theory.graph.expressions import roots_of
+from varscale.theory.graph.expressions import Apply, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, scales_samples
-from varscale.theory.graph.layout import Value, align, renumbered, value
+from varscale.theory.graph.layout import Value, align, materialize, renumbered, value
 from varscale.theory.graph.linear_nodes import feeds_itself
-from varscale.theory.graph.nodes import UNKNOWN, Graph, Node, leaf
+from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
 from varscale.theory.interpreter.inputs import ENTERED, concrete, folded, folded_node, known, note_moved
@@ -37,13 +37,12 @@ from varscale.theory.interpreter.rows import Place, is_mark
 # These register rules, and laws of kinds of nodes; so do those that others import.
 from varscale.theory.propagation import pullbacks, second_moments, sums  # noqa: F401
 from varscale.theory.rules import attention, axis, control, convolution, linear, softmax  # noqa: F401
-from varscale.theory.rules.random import input_leaf, is_weight
+from varscale.theory.rules.random import is_weight
 from varscale.theory.rules.registry import RULES, Complex, Waits, live_equations, used_variables
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _DERIVATIVES = {"jvp", "transpose"}
 _SCALING, _LINEAR = ("mul", "div", "select_n"), ("add", "add_any", "sub", "neg", "convert", "stop_gradient")
-_NUDGE = 1e-30  # variance: that of a number, `marginals`, and far above rounding of what is zero
 
 
 class Interpreter:
@@ -55,8 +54,7 @@ class Interpreter:
         self.entering: Any = None  # the equation that is being interpreted there
         self.used: frozenset[Any] = frozenset()  # variables that are read of the jaxpr that is run
         self.tie = 0.5  # what of a cotangent each of two equal numbers has, of which one is the largest
-        self.nudged: Collection[str] = ()  # rows of modules that get noise, to differentiate by
-        self.nudges: dict[Node, Node] = {}  # by what it was added to: the noise
+        self.apart: Collection[str] = ()  # rows of modules whose arrays get nodes of their own
         self.steps: list[int] = []  # which steps of loops over layers it is in
         self.regions = Regions()  # the scopes that are drawn
         self._places: dict[Any, Place] = {}  # by equation
@@ -111,8 +109,8 @@ class Interpreter:
             self._step(eqn, env)
             if entered == rows.entered:
                 place.note(eqn, env, self.steps)
-            if is_mark(eqn) and rows.made[-1].path in self.nudged:
-                env[eqn.outvars[0]] = x = self._nudge(env[eqn.outvars[0]])
+            if is_mark(eqn) and rows.made[-1].path in self.apart:
+                env[eqn.outvars[0]] = x = self._named(env[eqn.outvars[0]])
                 rows.made[-1] = rows.made[-1]._replace(value=x)
             for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
                 rows.add(path, [*self.steps, *steps], "module", env[var], field)
@@ -131,14 +129,13 @@ class Interpreter:
         place = self._places.get(eqn := located(error).equation)
         return place is not None and self.regions.ask(place.scope_of(eqn), told(error))
 
-    def _nudge(self, x: Any) -> Any:
+    def _named(self, x: Any) -> Any:
+        """The array of a row as a node of its own, equal to it, which alone is what reads the row."""
         if not isinstance(x, Value) or (x.constant is None and is_known_array(x.node)):
             return x
-        table = independent(0.0, _NUDGE, axes_of(x.shape))
-        nudge = input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True)
-        out = self.elementwise("add", x, nudge)
-        self.nudges[out.node] = nudge.node
-        return out
+        x = reduce(materialize, range(len(x.dims)), x)
+        name = ("row", (1.0, 0.0, len(self.graph.nodes)))
+        return Value(self.graph.make(Apply, x.node.axes, [x.node.whole], name), x.dims)
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""

@@ -256,10 +256,10 @@ def _predicted(
 
     first = _settled(interpreter, walk, report)
     first = dataclasses.replace(first, notes=interpreter.regions.note)
-    interpreter.nudged = {
+    interpreter.apart = {
         x.path for x in first.rows if x.gradient is None and x.path in taps and taps[x.path].readers
     }
-    if not interpreter.nudged:
+    if not interpreter.apart:
         return first
     return _settled(
         interpreter, walk, lambda found: with_gradients(first, gradients_of(interpreter, found, taps))

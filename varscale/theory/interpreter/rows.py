@@ -305,10 +305,9 @@ def gradients_of(
 ) -> dict[str, tuple[float, float]]:
     """Gradients at rows, and bounds on their relative errors; asks for a region where places or losses leave many in doubt.
 
-    Rows whose array is read elsewhere, too, itself or what it is a scaled copy of, have one where they are nudged.
+    Rows whose array is read elsewhere, too, itself or what it is a scaled copy of, have one where they are nodes of their own.
     """
     arrays = _arrays(interpreter, made)
-    at = {path: interpreter.nudges.get(x.node, x.node) for path, x in arrays.items()}
     copies = {
         k: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for k, x in arrays.items()
     }
@@ -326,22 +325,24 @@ def gradients_of(
     parts = {
         path
         for path, tap in read.items()
-        if (node := arrays[path].node) not in interpreter.nudges
+        if (node := arrays[path].node).primitive != "row"
         and not tap.reads_all(scale_and_shift(node.whole).of.node is not node, held[arrays[path]])
     }
-    found = cotangents(seeds, list(at.values()), [at[path] for path in read.keys() - parts])
+    found = cotangents(
+        seeds, [x.node for x in arrays.values()], [arrays[path].node for path in read.keys() - parts]
+    )
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
         interpreter.regions.ask("", "gradients of near places, or of a loss")
     gradients = {}
     for path, x in arrays.items():
-        if path not in parts and at[path].id in found:
-            gradient, doubt, _ = found[at[path].id]
+        if path not in parts and x.node.id in found:
+            gradient, doubt, _ = found[x.node.id]
             # Of several outputs that are one array in other shapes, a change of one is none of the others.
             # Copies share it evenly, if independent; if all n are one, each has 1/n² of it rather than 1/n.
             shapes = {arrays[end].dims for end in outputs if arrays[end].node is x.node}
             doubt += max(len(shapes) - 1, 0) + copies[path] - 1
             gradient = gradient / copies[path]
-            if (tap := taps.get(path)) and at[path] is x.node:
+            if (tap := taps.get(path)) and x.node.primitive != "row":
                 gradient, doubt = tap.share(gradient, doubt)
             gradients[path] = float(gradient), float(GRADIENT_BASE + doubt)
     return gradients

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, average, outer, pool, refine
-from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, ROUGH, full_types, means_by_type
-from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
+from varscale.theory.domain.axes import Axis, apply_axis, average, outer, over_classes, pool, refine
+from varscale.theory.domain.tables import LEADING_ORDER, NEGLIGIBLE, ROUGH, full_types, means_by_type
+from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift, trees
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
@@ -126,7 +126,6 @@ class _Backward:
             waiting += [other for other in rebuilt if other not in self.asked]
         self.first = min((node.id for node in self.asked), default=0)
         self.pending, self.done, self.notes = Cotangents(), Cotangents(), BackwardNotes()
-        self.within: dict[Node, list[View]] = {}  # those asked for within elementwise trees
 
     def pass_on(self, node: Node, part: Cotangent) -> None:
         """Pass what flows into a node to its arguments."""
@@ -137,7 +136,10 @@ class _Backward:
         met, doubt = forks(node)
         part = replace(part, doubt=part.doubt + doubt + repeated(node))
         for fork in met:
-            self.pending.add(fork.root.node, fork.back(part, node.axes))
+            reached = (
+                self.done if fork.root.node.primitive else self.pending
+            )  # a row: what reads it passes it on
+            reached.add(fork.root.node, fork.back(part, node.axes))
         if isinstance(node, Apply):
             self.through_function(node, part)
             return
@@ -163,18 +165,25 @@ class _Backward:
             slope = None if root.node.is_bits else derivative(node, root)
             if slope is None or any(root in group[1:] for group in scales.values()):
                 continue  # a norm's own scale: its part is the projection below
-            held = scales.get(root, [])[1:]
-            passed = replace(part, second=_through(node, root, slope, part, held))
-            passed = gradient_scale(node, root, slope, held, passed)
-            back, doubt = passed.second, passed.doubt + own_gradients(node)
-            doubt += _MASK_DOUBT * (part.mask is not None)
-            doubt += 2 * max((doubt_of(r.node) for r in roots(slope.node) if r not in held), default=0.0)
+            held, arrived = scales.get(root, [])[1:], part
             if held:
                 scale = held[0]
                 inverse, more = _inverse_scale(root, scale), 1 / (1 - min(_not_alone(root, scale), 0.9))
-                along_itself = _projection(node, root, slope, scale, part, back)
-                back = (back - max(1 + part.radial, 0.0) * along_itself) * inverse * more
-                doubt += ROUGH * (inverse - 1) + NEXT_ORDER * (more - 1)
+                gain = means_by_type(
+                    np.where(_varies(scale), math.sqrt(inverse * more), 1.0), scale.node.axes
+                )
+                arrived = replace(part, second=part.second * scale.over(gain, node.axes, pairs=True))
+            passed = replace(part, second=_through(node, root, slope, arrived, held))
+            passed = gradient_scale(node, root, slope, held, passed)
+            back, doubt = passed.second, passed.doubt
+            # Functions that say themselves what comes back, and not their derivatives.
+            doubt += UNKNOWN * any(x.node.primitive == "own_gradient" for x in trees(node))
+            doubt += _MASK_DOUBT * (part.mask is not None)
+            doubt += 2 * max((doubt_of(r.node) for r in roots(slope.node) if r not in held), default=0.0)
+            if held:
+                along_itself = _projection(node, root, slope, scale, arrived, back)
+                back = back - max(1 + part.radial, 0.0) * along_itself
+                doubt += ROUGH * (inverse - 1) + LEADING_ORDER * (more - 1)
                 doubt += doubt_of(root.node) + norm_in_doubt(root, scale)
                 if root.node.near == 1 and len(root.bind) > len(scale.bind) + 1:
                     doubt += _inverse_scale(root, scale, power=1) / inverse - 1
@@ -184,18 +193,10 @@ class _Backward:
             fixed = all(concentrated(r.node) for r in roots(slope.node))
             mask = None if fixed else _over_argument(slope, root, node)
             self.pending.add(root.node, replace(passed, second=back, doubt=doubt, mask=mask))
-        for view in self.inside_of(node):
-            if (slope := derivative(node, view)) is not None:
-                back = _through(node, view, slope, part)
-                self.done.add(view.node, Cotangent(back, part.doubt, few=part.few, lost=part.lost))
-
-    def inside_of(self, node: Node) -> list[View]:
-        """The watched nodes inside an elementwise tree, as views over its frame."""
-        if node not in self.within:
-            trees = [view for view in node.args if isinstance(view.node, Apply)]
-            inner = (v.within(t.bind) for t in trees for v in (t.node.whole, *self.inside_of(t.node)))
-            self.within[node] = list(dict.fromkeys(v for v in inner if v.node in self.asked))
-        return self.within[node]
+        for view in trees(node)[1:]:
+            if view.node in self.asked and (slope := derivative(node, view)) is not None:
+                passed = replace(part, second=_through(node, view, slope, part), mask=None)
+                self.done.add(view.node, gradient_scale(node, view, slope, (), passed))
 
     def found(self, node: Node) -> list[Cotangent]:
         """The cotangents of a node: its own, and those of what was rebuilt from its roots, carried back."""
@@ -245,14 +246,6 @@ def _terms_of_weights(factor: float, view: View, leaves: int) -> list[tuple[floa
         if isinstance(x, Sum) and x.deps & leaves:
             pending += [(c * d, y.within(bind)) for d, y in zip(x.params, x.args, strict=True)]
     return [(c, x) for c, x in pending if applied_weights(x.node)]
-
-
-@once_per_node
-def own_gradients(node: Node) -> float:
-    """The doubt of cotangents through functions in a tree that say themselves what comes back, and not their derivatives."""
-    if not isinstance(node, Apply):
-        return 0.0
-    return UNKNOWN if node.params[0] == "own_gradient" else max(own_gradients(v.node) for v in node.args)
 
 
 def _over_argument(view: View | None, argument: View, node: Node) -> View | None:
@@ -331,6 +324,11 @@ def _projection(
     return np.where(alike, out, refine(2 * both, axes) - y * out)
 
 
+def _varies(scale: View) -> np.ndarray:
+    """Whether a norm's variance is more than none, by class, as 1 or 0: of zeros, its epsilon is all there is."""
+    return 1.0 * (scale.node.table.mean > 0)
+
+
 def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions, of relative variance r.
 
@@ -346,7 +344,8 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
         # A function of one normalised array, of as many axes.
         groups = (g for g in cofactors(term).values() if [len(s.bind) for s in g[1:]] == [len(scale.bind)])
         fixed += share**2 * (set(roots(term)) in map(set, groups))
-    varied = 2 * (second - outer) * (1 - fixed)
+    alive = float(over_classes(_varies(scale), scale.node.axes))
+    varied = 2 * (second - outer) * (1 - fixed) / (alive or 1.0)
     own = min(2 / root.node.count(root.axes_beyond(scale)), varied, 0.9)
     return (1 + varied - own) / (1 - own)
 
@@ -360,7 +359,7 @@ def _not_alone(root: View, scale: View) -> float:
     norm, node = normed_together(root, scale), uncentred(root.node.whole).node
     if not norm.tokens:
         sources = kernel(root.node).places.items() if norm.features else ()
-        return sum(math.expm1(c * c) for key, c in sources if isinstance(key, Node) and key.is_input)
+        return 1 - math.prod(1 - math.expm1(c * c) for key, c in sources if isinstance(key, Node))
     units = norm._replace(features=(len(root.bind) - 1,))
     met = 2 * overlap_before(units, units)
     met += sum((w.leaf.kurtosis - 3) / (node.width or math.inf) for w in applied_weights(node))
@@ -380,5 +379,4 @@ def norm_in_doubt(root: View, scale: View) -> float:
         return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
     if given or (in_order(node) and 0 in scale.bind):
         return min(kernel(node).point, UNKNOWN)
-    units = (c for x, c in kernel(node).places.items() if isinstance(x, Node) and not x.is_input)
-    return sum(math.expm1(c * c) for c in units) if scale.bind == root.bind[:-1] else 0.0
+    return 0.0

@@ -169,13 +169,17 @@ def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], p
     ratio = _slope_in(root.node, node)
     if isinstance(slope.node, Constant):
         return replace(part, scale=part.scale * ratio, own=0.0)
-    passed = replace(part, scale=part.scale * ratio, own=0.0, unit=0.0, weights=0.0)
+    gain = math.exp(_limited(part.unit * _with_slope(node, slope)))
+    passed = replace(
+        part, second=gain * part.second, scale=part.scale * ratio, own=0.0, unit=0.0, weights=0.0
+    )
     if held:
         # Nothing of a gradient is left along what a norm of units at P places normalises: −1/P of it at one.
         # So it is along one unit's weights: over the root mean square of m units, g² goes by |w|^(−2/m).
         norm = normed_together(root, held[0])
         some = bool(norm.tokens or norm.features)
-        return replace(passed, radial=-some / root.node.count(norm.tokens), weights=-2 * some / norm.count)
+        radial = -some / root.node.count(norm.tokens)
+        return replace(passed, scale=passed.scale + radial, radial=radial, weights=-2 * some / norm.count)
     derivative, own = inherited(slope.node), _slope_in(root.node, slope.node)
     together = part.scale * shared(derivative.places, inherited(node).places)
     together += part.unit * _with_slope(node, slope)

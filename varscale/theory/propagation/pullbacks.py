@@ -20,7 +20,16 @@ import numpy as np
 from varscale.theory.domain.axes import Axes, average, contract_axes, rest
 from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.convolutions import Conv, WindowMax, WindowSum
-from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, scale_and_shift, swapped
+from varscale.theory.graph.expressions import (
+    Apply,
+    Mean,
+    Sum,
+    is_mean_of,
+    roots,
+    scale_and_shift,
+    swapped,
+    trees,
+)
 from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
 from varscale.theory.graph.normal_form import derivative, mean_pullback
@@ -156,7 +165,7 @@ def forks(node: Node) -> tuple[list[Fork], float]:
                     slope = through.slope.node.table.mean_square**0.5 if through.slope else 1.0
                     doubt = max(doubt, 2 * abs(direct.factor * through.factor) * slope / reduced)
         found += met.values()
-        if not pairs:
+        if not pairs or isinstance(top, Apply):
             waiting += [inner for path in here for inner in _below(path)]
     return found, doubt
 
@@ -200,7 +209,7 @@ def _below(path: _Path) -> Iterator[_Path]:
     elif isinstance(node, Apply) and path.slope is None:
         # A norm's groups have a rule of their own.
         grouped = {member for group in cofactors(node).values() if len(group) > 1 for member in group}
-        for root in roots(node):
+        for root in (*roots(node), *(x for x in trees(node) if x.node.primitive == "row")):
             known = root.node.is_bits or isinstance(root.node, Array) or root in grouped
             if not known and (slope := derivative(node, root)) is not None:
                 yield path._replace(view=root.within(bind), slope=slope.within(bind))

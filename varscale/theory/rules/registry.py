@@ -95,7 +95,6 @@ class Context(Protocol):
     regions: Any  # the scopes that are drawn, or cannot be
     tie: float  # what of a cotangent each of two equal numbers has, of which one is the largest
     used: frozenset[Any]  # the variables that are read of the jaxpr that is being interpreted
-    nudges: dict[Any, Any]  # by array that noise was added to, to differentiate by: the noise
     # (jaxpr, consts, args, step=None), the outputs of a jaxpr; `step` says which of a loop's it is
     run: Callable[..., list[Any]]
     known: Callable[[Any], Any]  # the value of a known array
