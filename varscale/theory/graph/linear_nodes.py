@@ -63,7 +63,7 @@ def unmoved(node: Node) -> Node:
     return node
 
 
-@second_moments.register
+@second_moments.register(Permute | Merge | Split)
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.argument.table
     k, *sizes = node.params
@@ -74,7 +74,7 @@ def second_moments_of_rearranged(node: Rearranged) -> Table:
     return Table(node.axes, node.carried(table.mean, pairs=False), node.carried(table.second, pairs=True))
 
 
-@pullback.register
+@pullback.register(Permute | Merge | Split)
 def pullback_of_rearranged(node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [node.carried(cotangent, pairs=True, back=True)]
 

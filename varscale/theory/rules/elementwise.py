@@ -188,6 +188,9 @@ class Extreme(OneOfMany):
     """Maximum (or minimum) over axes; `params` is (axes, sign)."""
 
 
+cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
+
+
 @once_per_node
 def reads_masked(node: Node) -> bool:
     """Whether an extreme of numbers is in it, some of which a mask hides: of how many it is differs from row to row."""

@@ -12,7 +12,7 @@ from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEGLIGIBLE, NEXT
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, weighted_sum
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract
-from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, pullback, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
@@ -21,7 +21,7 @@ from varscale.theory.propagation.inherited_fluctuations import NONE, propagated
 from varscale.theory.propagation.marginals import along, fluctuating, marginal
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.attention import gain_of_queries, key_directions, logit_scatter
-from varscale.theory.rules.elementwise import Extreme, OneOfMany
+from varscale.theory.rules.elementwise import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.lookup import padded
 from varscale.theory.rules.masks import keys_apart, keys_seen, logits, row_classes, rows_filled
 from varscale.theory.rules.registry import Context, recognise
@@ -286,6 +286,9 @@ class LogSumExp(OneOfMany):
     """log Σ exp along an axis, between the largest and that plus ln n, and sampled as the largest is; `params`: ((axis,),)."""
 
     gradient_doubt = 0.0
+
+
+cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
 
 
 @second_moments.register
