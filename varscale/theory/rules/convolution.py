@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, full_along, outer
+from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, full_along, outer, rest
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, identity_map, pair_counts
 from varscale.theory.domain.tables import Table, means_by_type, table_over
 from varscale.theory.graph.convolutions import (
@@ -44,7 +44,7 @@ from varscale.theory.propagation.marginals import quantiles_of_kind, scatter_of
 from varscale.theory.propagation.pullbacks import repeats
 from varscale.theory.propagation.sampler import draw, pooled_estimate
 from varscale.theory.rules.elementwise import fewest_terms, of_increasing, tail_excess
-from varscale.theory.rules.linear import without_factor
+from varscale.theory.rules.linear import product, without_factor
 from varscale.theory.rules.registry import Context, rule
 
 
@@ -112,6 +112,13 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
     if p["batch_group_count"] != 1 or w.node.deps & interpreter.graph.inputs:
         raise NotImplementedError("its kernel is no weight")
     outputs, taps = [aval.shape[d] for d in out_spec[2:]], [w.shape[d] for d in w_spec[2:]]
+    if math.prod(taps) == p["feature_group_count"] == 1 and outputs == [x.shape[d] for d in in_spec[2:]]:
+        free = rest(x.dims, in_spec[1:2])
+        found = product(
+            interpreter, x, Value(w.node, tuple(w.dims[d] for d in w_spec[:2])), (in_spec[1:2], (1,))
+        )
+        places = {d: free.index(k) for d, k in zip(out_spec, in_spec, strict=True) if k in free}
+        return transpose(found, [places.get(d, len(free)) for d in range(len(out_spec))])
     smooth = math.prod(taps) > 1 and x.node.near == 1 and is_known_array(x.node)
     if smooth or repeats(w.node) or (not w.node.deps and repeats(x.node)):
         interpreter.ask("windows over near places that are alike", whole=True)

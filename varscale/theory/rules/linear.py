@@ -241,7 +241,11 @@ def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
 @rule("dot_general")
 def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Value:
     """Batch dimensions, then x's free ones, then y's; drawn where its terms are no products of independent numbers."""
-    contracted, batch = eqn.params["dimension_numbers"]
+    return product(interpreter, x, y, *eqn.params["dimension_numbers"])
+
+
+def product(interpreter: Context, x: Value, y: Value, contracted: Any, batch: Any = ((), ())) -> Value:
+    """The same, by the dimensions of x and of y that are summed over, and those that are batches."""
     (c, a), (d, b) = without_factor(x), without_factor(y)
     if _mixes_heads(x, y, contracted[1]) or _mixes_heads(y, x, contracted[0]):
         raise NotImplementedError("weights mix heads")
