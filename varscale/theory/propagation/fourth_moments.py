@@ -13,6 +13,7 @@ How far the mean of finitely many squares is from its expectation follows from E
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Collection, Sequence
 
@@ -52,6 +53,7 @@ from varscale.theory.propagation.marginals import (
 )
 from varscale.theory.propagation.token_gram import (
     Tokens,
+    covariance,
     overlap_before,
     own_part,
     patch_overlap,
@@ -244,6 +246,16 @@ def correlation_scatter(node: Node) -> np.ndarray:
             share = c * c * view.node.table.mean_square / whole
             inner = correlation_scatter(view.node)
             out = out + share**2 * view.over(inner, node.axes, pairs=True)
+        tokens = range(len(node.axes) - 1)
+        own = [
+            (c * c * max(own_part(x), 0.0) / whole, x)
+            for c, v in node.terms
+            if (x := tokens_of(v, tokens, (len(tokens),))).tokens and x.features
+        ]
+        common = sum(
+            2 * a * b * max(covariance(x, y), 0.0) for (a, x), (b, y) in itertools.combinations(own, 2)
+        )
+        out = out + common * _of_one_unit(node, tokens)
     rank, read = len(node.axes), list[tuple[View, Sequence[int]]]()
     if tokens_averaged(node):
         read = [(node.whole, [rank - 1])]
