@@ -1,6 +1,7 @@
 """Gradients at the input of a norm over units, and of a softmax that ends a model."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -30,6 +31,59 @@ def test_the_mean_and_the_scale_of_a_sum_take_their_part_of_the_gradient(terms, 
     ratio = rows["term_0"].gradient / rows["norm"].gradient
     expected = (UNITS - 2) / (UNITS - 3) * features / (features - 2) / terms
     np.testing.assert_allclose(ratio, expected, rtol=0.01)
+
+
+class NormedBehind(nn.Module):
+    """The layer norm of a linear map of `width` linear units."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(UNITS, name="last")(nn.Dense(self.width, name="before")(x))
+        return nn.Dense(8, name="out")(nn.LayerNorm(name="norm")(x))
+
+
+@pytest.mark.parametrize("width", [12, 64])
+def test_the_units_before_a_norm_vary_its_scale(width):
+    """Given |h|² of m units, v is a mean of n − 1 squares: E[1/v] E[v] = (n − 1)/(n − 3) · m/(m − 2), at both layers.
+
+    Of the gradient at h nothing is along h: (m − 1)/m.
+    """
+    rows = vs.predict(NormedBehind(width), jax.ShapeDtypeStruct((4, 10_000), "float32"))
+    expected = (UNITS - 2) / (UNITS - 3) * width / (width - 2)
+    for path, scale in (("last", 1.0), ("before", UNITS / width * (width - 1) / width)):
+        assert rows[path].gradient / rows["norm"].gradient == pytest.approx(scale * expected, rel=0.01)
+
+
+class ReluNormed(nn.Module):
+    """The norm of what ReLU leaves, which is as long as any, and another norm behind a linear map of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.RMSNorm(name="inner")(nn.relu(nn.Dense(64)(x)))
+        return nn.Dense(8)(nn.RMSNorm(name="outer")(nn.Dense(UNITS, name="last")(x)))
+
+
+def test_units_that_a_norm_divides_do_not_vary_the_next_ones_scale():
+    """E[1/v] E[v] = n/(n − 2) of the linear map alone, and (n − 1)/n of it is across the norm's output."""
+    rows = vs.predict(ReluNormed(), jax.ShapeDtypeStruct((4, 10_000), "float32"))
+    assert rows["last"].gradient / rows["outer"].gradient == pytest.approx((UNITS - 1) / (UNITS - 2), rel=0.01)
+
+
+class BesideZeros(nn.Module):
+    """The layer norm of rows of numbers beside rows of zeros."""
+
+    @nn.compact
+    def __call__(self, x):
+        rows = [nn.Dense(UNITS, name="full")(x), nn.Dense(UNITS, kernel_init=nn.initializers.zeros, name="zeros")(x)]
+        return nn.Dense(8)(nn.LayerNorm(epsilon=1e-3, name="norm")(jnp.concatenate(rows, axis=1)))
+
+
+def test_a_norm_of_zeros_divides_by_its_epsilon():
+    """Which varies by nothing, whatever the scale of the other rows does."""
+    rows = vs.predict(BesideZeros(), jax.ShapeDtypeStruct((4, 6, 10_000), "float32"))
+    assert rows["zeros"].gradient / rows["norm"].gradient == pytest.approx((1 - 1 / UNITS) / 1e-3, rel=1e-3)
 
 
 class NormedOverSamples(nn.Module):

@@ -21,7 +21,7 @@ from varscale.theory.integrals.primitives import POSITIVE
 
 T = TypeVar("T")
 
-# Forward; backward nothing passes the first, what a custom rule says passes the second, and the third is told apart.
+# Forward; backward nothing passes the first, and what a custom rule says the second; rows are told apart.
 IDENTITIES = ("stop_gradient", "own_gradient", "row")
 
 
@@ -44,7 +44,7 @@ class Apply(Node):
                 self.even |= x.odd & y.odd & symmetric
                 self.positive = x.positive and y.positive
             case "affine" | "stop_gradient" | "own_gradient" | "row":
-                c, d = extra[:2] or (1.0, 0.0)
+                c, d = extra or (1.0, 0.0)
                 self.odd, self.positive = x.odd * (d == 0), x.positive and c >= 0 and d >= 0
             case "abs" | "integer_pow" if name == "abs" or extra[0] % 2 == 0:
                 self.even |= x.odd & symmetric

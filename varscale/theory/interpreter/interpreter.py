@@ -27,7 +27,7 @@ from varscale.theory.graph.expressions import Apply, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, scales_samples
 from varscale.theory.graph.layout import Value, align, materialize, renumbered, value
 from varscale.theory.graph.linear_nodes import feeds_itself
-from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
+from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf, number
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
 from varscale.theory.interpreter.inputs import ENTERED, concrete, folded, folded_node, known, note_moved
@@ -134,8 +134,8 @@ class Interpreter:
         if not isinstance(x, Value) or (x.constant is None and is_known_array(x.node)):
             return x
         x = reduce(materialize, range(len(x.dims)), x)
-        name = ("row", (1.0, 0.0, len(self.graph.nodes)))
-        return Value(self.graph.make(Apply, x.node.axes, [x.node.whole], name), x.dims)
+        views = x.node.whole, number(self.graph, len(self.graph.nodes)).whole  # a number of its own
+        return Value(self.graph.make(Apply, x.node.axes, views, ("row", ())), x.dims)
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""

@@ -169,9 +169,9 @@ class _Backward:
             if held:
                 scale = held[0]
                 inverse, more = _inverse_scale(root, scale), 1 / (1 - min(_not_alone(root, scale), 0.9))
-                gain = means_by_type(
-                    np.where(_varies(scale), math.sqrt(inverse * more), 1.0), scale.node.axes
-                )
+                # Of zeros a norm's epsilon is all there is.
+                gain = np.where(scale.node.table.mean > 0, math.sqrt(inverse * more), 1.0)
+                gain = means_by_type(gain, scale.node.axes)
                 arrived = replace(part, second=part.second * scale.over(gain, node.axes, pairs=True))
             passed = replace(part, second=_through(node, root, slope, arrived, held))
             passed = gradient_scale(node, root, slope, held, passed)
@@ -344,7 +344,7 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
         # A function of one normalised array, of as many axes.
         groups = (g for g in cofactors(term).values() if [len(s.bind) for s in g[1:]] == [len(scale.bind)])
         fixed += share**2 * (set(roots(term)) in map(set, groups))
-    alive = float(over_classes(_varies(scale), scale.node.axes))
+    alive = float(over_classes(1.0 * (scale.node.table.mean > 0), scale.node.axes))
     varied = 2 * (second - outer) * (1 - fixed) / (alive or 1.0)
     own = min(2 / root.node.count(root.axes_beyond(scale)), varied, 0.9)
     return (1 + varied - own) / (1 - own)
@@ -354,7 +354,7 @@ def _not_alone(root: View, scale: View) -> float:
     """What of Var[v]/E[v]² is not of independent positions: given what they are made of, places overlap, which adds 2 V.
 
     Weights of κ < 3 take (κ − 3)/n from it. Of m units at a place a pair is of one with the chance 1/m. Of one place it is what
-    inputs vary by there; a function's units vary the scale that flows back along with it.
+    the scale varies by there, by inputs and by units before it: of each a gamma variable, as if of 2/c² squares.
     """
     norm, node = normed_together(root, scale), uncentred(root.node.whole).node
     if not norm.tokens:
@@ -371,12 +371,11 @@ def norm_in_doubt(root: View, scale: View) -> float:
 
     Of a norm at each place it is 1 + P for a lognormal v of relative variance P between places. Of a norm over places, v = w'Σw
     of a unit has as few terms that count as Σ, the covariance of what windows read: one or two for a smooth picture, where
-    E[1/v] is not finite. Of functions at one place it is what their units vary by, a part of which flows back along with them.
+    E[1/v] is not finite.
     """
     node = uncentred(root).node
     given = any(x.is_input and x.near == 1 for x in node.sources)
     if given and len(scale.bind) < 2:
         return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
-    if given or (in_order(node) and 0 in scale.bind):
-        return min(kernel(node).point, UNKNOWN)
-    return 0.0
+    varied = given or (in_order(node) and 0 in scale.bind)
+    return min(kernel(node).point, UNKNOWN) * varied

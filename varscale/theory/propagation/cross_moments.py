@@ -150,7 +150,7 @@ def _terms(x: View, y: View, frame: Axes) -> np.ndarray | None:
         return None
     shift = np.full((1,) * len(frame), offset)
     out = means_by_type(shift, frame, y.mean(frame)) if offset else shift
-    for c, term in zip(weights, node.args, strict=True):
+    for c, term in zip(weights, node.args, strict=False):
         found = pair(term.within(x.bind), y, frame)
         out = out + c * found.moment
         if found.flagged:

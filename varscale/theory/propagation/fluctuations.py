@@ -169,25 +169,26 @@ def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], p
     ratio = _slope_in(root.node, node)
     if isinstance(slope.node, Constant):
         return replace(part, scale=part.scale * ratio, own=0.0)
-    gain = math.exp(_limited(part.unit * _with_slope(node, slope)))
-    passed = replace(
-        part, second=gain * part.second, scale=part.scale * ratio, own=0.0, unit=0.0, weights=0.0
-    )
+    together = part.unit * _with_slope(node, slope)
+    passed = replace(part, scale=part.scale * ratio, own=0.0, unit=0.0, weights=0.0)
     if held:
         # Nothing of a gradient is left along what a norm of units at P places normalises: −1/P of it at one.
         # So it is along one unit's weights: over the root mean square of m units, g² goes by |w|^(−2/m).
         norm = normed_together(root, held[0])
         some = bool(norm.tokens or norm.features)
-        radial = -some / root.node.count(norm.tokens)
-        return replace(passed, scale=passed.scale + radial, radial=radial, weights=-2 * some / norm.count)
+        radial, second = -some / root.node.count(norm.tokens), part.second * math.exp(_limited(together))
+        passed = replace(passed, second=second, scale=passed.scale + radial)  # 1/v goes with Q, too
+        return replace(passed, radial=radial, weights=-2 * some / norm.count)
     derivative, own = inherited(slope.node), _slope_in(root.node, slope.node)
-    together = part.scale * shared(derivative.places, inherited(node).places)
-    together += part.unit * _with_slope(node, slope)
+    together += part.scale * shared(derivative.places, inherited(node).places)
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
-    second = part.second * ((1 + derivative.shift) * math.exp(_limited(together)))
-    doubt = part.doubt + derivative.bend + ROUGH * abs(together)
-    radial = part.radial * ratio**2 * node.table.mean_square / flat + 2 * own
-    return replace(passed, second=second, doubt=doubt, own=own, radial=radial)
+    return replace(
+        passed,
+        second=part.second * ((1 + derivative.shift) * math.exp(_limited(together))),
+        doubt=part.doubt + derivative.bend + ROUGH * abs(together),
+        own=own,
+        radial=part.radial * ratio**2 * node.table.mean_square / flat + 2 * own,
+    )
 
 
 def _slope_in(root: Node, node: Node) -> float:
@@ -206,8 +207,8 @@ def summed_scale(node: Node, i: int, part: Cotangent) -> Cotangent:
         varied = next((applied.leaf.kurtosis - 1 for applied in applied_weights(node)), 0.0)
         growth = 1 + _limited((radial + weights * varied / 2) / (node.width or math.inf))
         unit, weights = (share * part.scale + radial) * sampled, 0.0
-    second, scale = growth * part.second, share * part.scale
-    return replace(part, second=second, scale=scale, radial=radial, unit=unit, weights=weights)
+    passed = replace(part, second=growth * part.second, scale=share * part.scale)
+    return replace(passed, radial=radial, unit=unit, weights=weights)
 
 
 def _limited(x: float) -> float:

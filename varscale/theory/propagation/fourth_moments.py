@@ -35,6 +35,7 @@ from varscale.theory.graph.linear_nodes import (
     unmoved,
 )
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
+from varscale.theory.graph.normal_form import apply, mean_node
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
 from varscale.theory.propagation.marginals import (
@@ -160,6 +161,9 @@ def fresh(node: Node, axes: Collection[int] | None = None) -> float:
         before = {j for k in over for j in axes_before(node, k)}
         if over == {k for k in range(len(node.axes)) if before.issuperset(axes_before(node, k))}:
             return fresh(node.argument, tuple(sorted(before)))
+    squares = mean_node(apply(node.graph, "integer_pow", (2,), node.axes, [node.whole]), over)
+    if over and {r.node for r in roots(squares)} <= {r.node for r in roots(node)}:  # of a norm, fixed
+        return 0.0
     excess = _over_squared_mean(*square_pairs(node), node.axes, over) - 1.0
     # Terms, and parts of what is joined, add what of their squares is not as in Gaussian arrays: of gates.
     joined = isinstance(node, Sum | Concat)
