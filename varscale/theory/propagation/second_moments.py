@@ -9,9 +9,8 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
-from varscale.theory.domain.axes import Axis, contract_axes, over_classes
+from varscale.theory.domain.axes import contract_axes, over_classes
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Axes, Table, by_type, means_by_type, table_over
 from varscale.theory.graph.expressions import (
     IDENTITIES,
@@ -230,14 +229,10 @@ def _or_measured(found: np.ndarray, a: View, b: View, frame: Axes) -> np.ndarray
     read = [[root.node for root in roots_of(view)] for view in (a, b)]
     if not all(any(map(in_order, own)) for own in read) or not any(x.timed for own in read for x in own):
         return found
-    positions = [_some(axis) for axis in frame]
-    x, y = (Drawing(_REPLICATES, _some).at(view, frame, positions) for view in (a, b))
+    drawing = Drawing(_REPLICATES, lambda axis: evenly(axis.size, _POSITIONS))
+    positions = [drawing.some(axis) for axis in frame]
+    x, y = (drawing.at(view, frame, positions) for view in (a, b))
     return cross_moments_of_draws(x, y, frame, positions, otherwise=found)
-
-
-def _some(axis: Axis) -> Int[np.ndarray, " kept"]:
-    """The positions along an axis on which products are measured."""
-    return evenly(axis.size, _POSITIONS)
 
 
 def refuse_two_places(views: Sequence[View]) -> None:
