@@ -184,7 +184,7 @@ BINARY |= dict.fromkeys(["div", "eq", "ne", "nextafter", "pow", "rem"], POSITIVE
 # With static parameters, of three arguments, and on the bits of integers (that is how weights are drawn: every initializer
 # whose law is read from the model's own init goes through them). `add_any` is what derivatives call `add`.
 OWN = {"add_any", "affine", "clamp", "convert", "integer_pow", "own_gradient", "power", "select_n", "stop_gradient"}
-ELSEWHERE = {*OWN, "largest"}  # the latter: gradients of extremes, test_pooling.py
+ELSEWHERE = {*OWN, "largest", "row"}  # the latter two: gradients of extremes, test_pooling.py, and of copies, test_rows.py
 ON_BITS = {"and", "bitcast", "not", "or", "shift_left", "shift_right_logical", "shift_right_arithmetic", "xor"}
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,7 +201,7 @@ def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Axes) -> 
     return cotangent
 
 
-def mean_node(node: Node, axes: Sequence[int]) -> Node:
+def mean_node(node: Node, axes: Iterable[int]) -> Node:
     """The mean of a node over some of its axes, in normal form."""
     places = tuple(sorted(axes))
     if not places or isinstance(node, Constant):

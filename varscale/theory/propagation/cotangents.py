@@ -171,8 +171,8 @@ class _Backward:
                 inverse, more = _inverse_scale(root, scale), 1 / (1 - min(_not_alone(root, scale), 0.9))
                 # Of zeros a norm's epsilon is all there is.
                 gain = np.where(scale.node.table.mean > 0, math.sqrt(inverse * more), 1.0)
-                gain = means_by_type(gain, scale.node.axes)
-                arrived = replace(part, second=part.second * scale.over(gain, node.axes, pairs=True))
+                gain = means_by_type(scale.over(gain, node.axes, pairs=False), node.axes)
+                arrived = replace(part, second=part.second * gain)
             passed = replace(part, second=_through(node, root, slope, arrived, held))
             passed = gradient_scale(node, root, slope, held, passed)
             back, doubt = passed.second, passed.doubt
