@@ -19,7 +19,7 @@ ABSENT = {
         "Leaf": "measured together, or independent",
         "Sum": 'the strategy "weighted sums"',
         "Permute": 'the strategy "axes in another order"',
-        "Softmax": NO_LAW,
+        **dict.fromkeys(("Softmax", "WindowMax"), NO_LAW),
     },
 }
 

@@ -29,12 +29,17 @@ class Window(NamedTuple):
     low: int
     input_dilation: int
     dilation: int
+    weights: tuple[float, ...] | None = None  # of its taps; None: 1 each
+
+    @property
+    def line(self) -> np.ndarray:
+        return np.ones(self.taps) if self.weights is None else np.array(self.weights)
 
 
 @cache
 def hits(window: Window, size_in: int) -> np.ndarray:
     """Input position of each (output position, tap), −1 where there is none."""
-    n, taps, stride, low, input_dilation, dilation = window
+    n, taps, stride, low, input_dilation, dilation, _ = window
     at = np.arange(n)[:, None] * stride - low + np.arange(taps)[None] * dilation
     real = (at >= 0) & (at % input_dilation == 0) & (at // input_dilation < size_in)
     return np.where(real, at // input_dilation, -1)
@@ -44,7 +49,7 @@ def hits(window: Window, size_in: int) -> np.ndarray:
 def output_axis(window: Window, axis: Axis) -> Axis:
     """Output positions classed by their taps in each class of the input; of too many kinds, those with as many merge first."""
     at = hits(window, axis.size)
-    seen = np.append(axis.members, np.zeros((axis.classes, 1)), axis=1)[:, at].sum(axis=-1).T
+    seen = np.dot(np.append(axis.members, np.zeros((axis.classes, 1)), axis=1)[:, at], window.line).T
     taps = 2 * window.taps * axis.size * seen.sum(axis=1, keepdims=True)
     return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1))
 
@@ -53,7 +58,7 @@ def output_axis(window: Window, axis: Axis) -> Axis:
 def window_map(window: Window, axis: Axis, out: Axis) -> AxisMap:
     """Sums over the window, as a map of the axis."""
     rows = np.repeat(np.arange(window.size_out), window.taps)
-    return entry_map(rows, hits(window, axis.size).ravel(), out, axis)
+    return entry_map(rows, hits(window, axis.size).ravel(), out, axis, np.tile(window.line, window.size_out))
 
 
 @cache

@@ -4,18 +4,30 @@ Elementwise nodes and sums let what moves entries through to what they are made 
 axes that they leave: the normal form in which equal things are equal nodes.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer, replaced
-from varscale.theory.domain.axis_maps import AxisMap, cotangent_counts, pair_counts, slice_map, split_axis
+from varscale.theory.domain.axis_maps import (
+    AxisMap,
+    cotangent_counts,
+    entry_map,
+    identity_map,
+    pair_counts,
+    slice_map,
+    split_axis,
+)
 from varscale.theory.domain.tables import Table, full_types, regrouped
-from varscale.theory.graph.convolutions import Conv
+from varscale.theory.graph.convolutions import Conv, WindowSum, window_map
+from varscale.theory.graph.expressions import scale_and_shift
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows, once_per_node
 
@@ -80,7 +92,9 @@ def pullback_of_rearranged(node: Rearranged, cotangent: np.ndarray, notes: Backw
 
 
 def constant_along(node: Node, k: int) -> bool:
-    """Whether all entries along an axis are one: an elementwise node or a sum of what has no such axis."""
+    """Whether all entries along an axis are one: of an elementwise node or a sum of what has no such axis, however laid out."""
+    if isinstance(node, Rearranged):
+        return all(constant_along(node.argument, j) for j in axes_before(node, k))
     return node.entrywise and all(
         k not in v.bind or constant_along(v.node, v.bind.index(k)) for v in node.args
     )
@@ -219,6 +233,53 @@ def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:
     _MAPS.put(node.graph, key, axis_map)
     axes = replaced(node.axes, k, axis_map.out)
     return node.graph.make(AxisMapped, axes, [node.whole], (k, key))
+
+
+class Mapped(NamedTuple):
+    """An array of which another is made by maps of axes of its frame, one after another, and by a factor."""
+
+    factor: float
+    view: View
+    maps: Mapping[int, AxisMap] = {}  # by place
+
+    def before(self) -> Mapped | None:
+        """One map earlier: windows, maps of an axis, known lookups; None of what is none of these."""
+        c, d, (node, bind) = scale_and_shift(self.view)
+        if d or not (found := _axis_maps(node)):
+            return None
+        maps = dict(self.maps)
+        bind = tuple(bind[own] for own, _ in found)
+        for place, x in ((place, x) for place, (_, x) in zip(bind, found, strict=True) if x is not None):
+            y = maps.get(place)
+            maps[place] = replace(y, matrix=y.matrix @ x.matrix, inner=x.inner) if y else x
+        return Mapped(self.factor * c, View(node.argument, bind), maps)
+
+    def earliest(self) -> Mapped:
+        """All maps earlier."""
+        before = self.before()
+        return before.earliest() if before else self
+
+
+def _axis_maps(node: Node) -> list[tuple[int, AxisMap | None]]:
+    """By axis of its argument: the node's own, and how it is made of that; none of other nodes, and where an axis is gone."""
+    axes = node.argument.axes if node.args else ()
+    if isinstance(node, AxisMapped) and len(axes) == len(node.axes):
+        return [(k, node.axis_map if k == node.params[0] else None) for k in range(len(axes))]
+    if isinstance(node, Gather) and node.line is not None:
+        (row,), (at,) = node.params[:2]
+        own = entry_map(np.arange(len(node.line)), node.line, node.axes[at], axes[row])
+        return [(at, own) if k == row else (b, None) for k, b in enumerate(node.args[0].bind)]
+    if type(node) is WindowSum:
+        windows, xd, od = node.params
+        read = zip(axes, ((od[d], windows[d]) for d in map(xd.index, range(len(axes)))), strict=True)
+        maps = [(o, w and window_map(w, axis, node.axes[o])) for axis, (o, w) in read if o is not None]
+        return maps if len(maps) == len(axes) else []
+    return []
+
+
+def mapped_over(own: AxisMap | None, out: Axis, inner: Axis) -> AxisMap:
+    """A map of an axis, or none, over axes with other classes."""
+    return replace(own, out=out, inner=inner) if own else identity_map(out, inner)
 
 
 INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest

@@ -303,7 +303,7 @@ def _correlation_along(x: Value, dims: Sequence[Any]) -> float | None:
 def gradients_of(
     interpreter: Context, made: Iterable[Made], taps: Mapping[str, Tap]
 ) -> dict[str, tuple[float, float]]:
-    """Gradients at rows, and bounds on their relative errors; asks for a region where places or losses leave many in doubt.
+    """Gradients at rows, and bounds on their relative errors; asks for a region where many are in doubt.
 
     Rows whose array is read elsewhere, too, itself or what it is a scaled copy of, have one where they are nodes of their own.
     """
@@ -331,8 +331,9 @@ def gradients_of(
     found = cotangents(
         seeds, [x.node for x in arrays.values()], [arrays[path].node for path in read.keys() - parts]
     )
-    if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
-        interpreter.regions.ask("", "gradients of near places, or of a loss")
+    near, useless = sum(x.lost > _MUCH for x in found.values()), sum(x.doubt > 1 for x in found.values())
+    if near > _MANY * len(found) or useless > max(3 * _MANY * len(found), 4):
+        interpreter.regions.ask("", "gradients in doubt")
     gradients = {}
     for path, x in arrays.items():
         if path not in parts and x.node.id in found:

@@ -133,12 +133,11 @@ class _Backward:
             self.done.add(node, replace(part, mask=None))
         if node.id < self.first or isinstance(node, Leaf):
             return
-        met, doubt = forks(node)
-        part = replace(part, doubt=part.doubt + doubt + repeated(node))
-        for fork in met:
-            reached = (
-                self.done if fork.root.node.primitive else self.pending
-            )  # a row: what reads it passes it on
+        # What terms have in common in an unknown way, their cotangents have, too.
+        unknown = node.doubt if isinstance(node, Sum) and node.flagged == "assumed" else 0.0
+        part = replace(part, doubt=part.doubt + repeated(node) + unknown)
+        for fork in forks(node):  # what reads a row passes it on
+            reached = self.done if fork.root.node.primitive else self.pending
             reached.add(fork.root.node, fork.back(part, node.axes))
         if isinstance(node, Apply):
             self.through_function(node, part)

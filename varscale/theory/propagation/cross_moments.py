@@ -14,13 +14,23 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, full_along, join, replaced, rest
-from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
+from varscale.theory.domain.axis_maps import class_counts, entry_map, pair_counts, split_axis
 from varscale.theory.domain.tables import full_types, lift, means_by_type, over_frame, regrouped
-from varscale.theory.graph.convolutions import ONE, WindowMax, WindowSum
+from varscale.theory.graph.convolutions import ONE, WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
 from varscale.theory.graph.layout import split
-from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Gather, Merge, Permute, Split, Take
+from varscale.theory.graph.linear_nodes import (
+    AxisMapped,
+    Concat,
+    Gather,
+    Mapped,
+    Merge,
+    Permute,
+    Split,
+    Take,
+    mapped_over,
+)
 from varscale.theory.graph.nodes import Constant, Graph, Node, View, cross_by_kind
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.store import Marked, once_per_node
@@ -353,16 +363,25 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.nda
 
 
 @cross_by_kind.register
-def cross_by_kind_of_axis_mapped(node: AxisMapped, a: View, b: View, frame: Axes) -> np.ndarray | None:
-    """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
-    own, place = node.axis_map, a.bind[node.params[0]]
-    if own.out.size != own.inner.size:
+def cross_by_kind_of_maps(
+    node: AxisMapped | WindowSum | Gather, a: View, b: View, frame: Axes
+) -> np.ndarray | None:
+    """Arrays made by maps of axes of others over the same places: E[y_p z_q] from E[x_i x'_j]."""
+    (c, x, mine), (d, y, theirs) = Mapped(1.0, a).earliest(), Mapped(1.0, b).earliest()
+    inner = list(frame)
+    for place in {*mine, *theirs}:
+        axes = [v.node.axes[v.bind.index(place)] for v in (x, y) if place in v.bind]
+        axes += [] if place in mine and place in theirs else [frame[place]]
+        if len({axis.size for axis in axes}) > 1:
+            return None
+        inner[place] = functools.reduce(join, axes)
+    if not mine:
         return None
-    axis, found = frame[place], cross(View(node.argument, a.bind), b, frame)
-    counts = pair_counts(dataclasses.replace(own, out=axis, inner=axis), identity_map(axis))
-    return apply_axis(full_along(found, place, axis), place, counts)
-
-
-@cross_by_kind.register
-def cross_by_kind_of_a_choice(node: Gather | WindowMax, a: View, b: View, frame: Axes) -> None:
-    return None  # which entries are read is up to the ids, or to what is there
+    out = c * d * cross(x, y, inner)
+    for place in {*mine, *theirs}:
+        own, axis = frame[place], inner[place]
+        maps = (mapped_over(maps.get(place), own, axis) for maps in (mine, theirs))
+        out = apply_axis(full_along(out, place, axis), place, pair_counts(*maps))
+    if isinstance(node, WindowSum):
+        unsure(node.graph, "quadrature", max(x.node.near, y.node.near))
+    return out

@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, average, contract_axes, rest
+from varscale.theory.domain.axes import Axes, apply_axis, average, contract_axes, rest
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, pair_counts
 from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.convolutions import Conv, WindowMax, WindowSum
 from varscale.theory.graph.expressions import (
@@ -30,7 +31,16 @@ from varscale.theory.graph.expressions import (
     swapped,
     trees,
 )
-from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
+from varscale.theory.graph.linear_nodes import (
+    Concat,
+    Contract,
+    Gather,
+    Mapped,
+    Merge,
+    Take,
+    constant_along,
+    mapped_over,
+)
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
 from varscale.theory.graph.normal_form import derivative, mean_pullback
 from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
@@ -96,8 +106,9 @@ class Fork(NamedTuple):
     """A value that a cotangent reaches by two paths or more."""
 
     root: View  # the value, in the frame of the node, or of what `over` reduces
-    squares: np.ndarray  # Σ E[s_p s_q] over pairs of paths, by type
-    over: View | None  # the mean that all of them go through first, as the node's argument
+    squares: np.ndarray  # E[s_p s_q] of two paths, by type
+    over: View | None = None  # the mean that both of them go through first, as the node's argument
+    maps: tuple[Mapping[int, AxisMap], ...] = ()  # of axes of the frame, by path
     # Axes of the frame over which one goes through a mean, and the other does not.
     beside: tuple[int, ...] = ()
 
@@ -109,8 +120,16 @@ class Fork(NamedTuple):
             second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
         second = mean_part(full_types(second, frame), self.beside, frame)
-        second = sum_out(full_types(second, frame) * self.squares, frame, self.root)
-        return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
+        second, inner, axes = full_types(second, frame) * self.squares, list(frame), self.root.node.axes
+        for own, place in zip(axes, self.root.bind, strict=True):
+            if any(place in maps for maps in self.maps):
+                both = [mapped_over(maps.get(place), frame[place], own) for maps in self.maps]
+                second = apply_axis(second, place, adjoint(pair_counts(*both), frame[place], own))
+                inner[place] = own
+        second = sum_out(second, inner, self.root)
+        return Cotangent(
+            second + swapped(second, axes), part.doubt, few=part.few, near=part.near, lost=part.lost
+        )
 
 
 class _Path(NamedTuple):
@@ -120,8 +139,9 @@ class _Path(NamedTuple):
     view: View  # the value, in the node's frame, or in that of what `over` reduces
     factor: float = 1.0  # product of the weights of the sums on the way
     slope: View | None = None  # derivative of the function on the way; None where it is 1
-    over: Any = None  # the reduction, or the windows, on the way, as the node's argument
+    over: Any = None  # the reduction on the way, as the node's argument
     begins: Any = None
+    maps: Mapping[int, AxisMap] = {}  # on the way, of axes of the node's frame
 
     @property
     def place(self) -> Hashable:
@@ -133,41 +153,28 @@ class _Path(NamedTuple):
 
 
 @once_per_node
-def forks(node: Node) -> tuple[list[Fork], float]:
-    """The values at which paths from a sum or a function meet first, each looked for from the latest node down.
-
-    With them the relative error of the node's cotangent for paths of which one alone goes through a reduction,
-    or through windows: of x less its mean over n neighbours 2/n, twice the weight with which a value meets itself.
-    """
+def forks(node: Node) -> list[Fork]:
+    """The values at which paths from a sum or a function meet first, each looked for from the latest node down."""
     begun = enumerate(_below(_Path(0, node.whole)) if isinstance(node, Apply | Sum) else ())
     waiting = [path._replace(branch=i, begins=path.view.node) for i, path in begun]
-    found, doubt = list[Fork](), 0.0
+    found = list[Fork]()
     while len({path.branch for path in waiting}) > 1 and len(waiting) <= _MOST_PATHS:
         top = max((path.view.node for path in waiting), key=lambda below: below.id)
         here = [path for path in waiting if path.view.node is top]
         waiting = [path for path in waiting if path.view.node is not top]
         pairs = [(p, q) for p, q in itertools.combinations(here, 2) if p.branch != q.branch]
-        met: dict[Hashable, Fork] = {}
         for p, q in pairs:
             over = p.over or q.over
-            if p.place == q.place:
-                axes = over.node.argument.axes if over else node.axes
-                before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
-                met[p.place] = before._replace(squares=before.squares + _both(p, q, axes))
+            axes = over.node.argument.axes if over else node.axes
+            if p.place == q.place and _over_one_grid(p, q, axes):
+                found.append(Fork(p.view, _both(p, q, axes), p.over, (p.maps, q.maps)))
             elif over and not (p.over and q.over):
-                direct, through = ends = (q, p) if p.over else (p, q)
-                if _is_centred(node, *ends):
-                    continue
-                if beside := _beside_its_mean(*ends, node.axes):
+                ends = (q, p) if p.over else (p, q)
+                if not _is_centred(node, *ends) and (beside := _beside_its_mean(*ends, node.axes)):
                     found.append(beside)
-                elif not any(isinstance(x.begins, Sum) for x in ends):
-                    reduced = over.node.argument.count(over.node.reduced)
-                    slope = through.slope.node.table.mean_square**0.5 if through.slope else 1.0
-                    doubt = max(doubt, 2 * abs(direct.factor * through.factor) * slope / reduced)
-        found += met.values()
         if not pairs or isinstance(top, Apply):
             waiting += [inner for path in here for inner in _below(path)]
-    return found, doubt
+    return found
 
 
 def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
@@ -182,14 +189,19 @@ def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
         return None
     if q.slope:
         q = q._replace(slope=q.slope.within(p.view.bind))
-    return Fork(p.view, _both(p, q, frame), None, beside)
+    return Fork(p.view, _both(p, q, frame), beside=beside)
+
+
+def _over_one_grid(p: _Path, q: _Path, frame: Axes) -> bool:
+    """Whether the axes of the value that are not the frame's own are mapped on both paths."""
+    pairs = zip(p.view.node.axes, p.view.bind, strict=True)
+    return all(a.size == frame[at].size or (at in p.maps and at in q.maps) for a, at in pairs)
 
 
 def _both(p: _Path, q: _Path, frame: Axes) -> np.ndarray:
-    """E[s_p s_q + s_q s_p] of the slopes along two paths."""
+    """E[s_p s_q] of the slopes along two paths."""
     one = number(p.view.node.graph, 1.0).whole
-    squares = cross(p.slope or one, q.slope or one, frame)
-    return p.factor * q.factor * (squares + swapped(squares, frame))
+    return p.factor * q.factor * cross(p.slope or one, q.slope or one, frame)
 
 
 def _is_centred(node: Node, p: _Path, q: _Path) -> bool:
@@ -206,14 +218,17 @@ def _below(path: _Path) -> Iterator[_Path]:
     if isinstance(node, Sum) and path.over is None:
         for c, view in node.terms:
             yield path._replace(view=view.within(bind), factor=path.factor * c)
-    elif isinstance(node, Apply) and path.slope is None:
+    elif isinstance(node, Apply) and path.slope is None and not path.maps:
         # A norm's groups have a rule of their own.
         grouped = {member for group in cofactors(node).values() if len(group) > 1 for member in group}
         for root in (*roots(node), *(x for x in trees(node) if x.node.primitive == "row")):
             known = root.node.is_bits or isinstance(root.node, Array) or root in grouped
             if not known and (slope := derivative(node, root)) is not None:
                 yield path._replace(view=root.within(bind), slope=slope.within(bind))
-    elif path.over is None and (isinstance(node, WindowSum) or (node.follows_shifts and path.slope is None)):
+    elif path.over is None and (inner := Mapped(path.factor, path.view, path.maps).before()):
+        scale, _, view = scale_and_shift(inner.view)
+        yield path._replace(factor=inner.factor * scale, view=view, maps=inner.maps)
+    elif path.over is None and not path.maps and node.follows_shifts and path.slope is None:
         scale, _, view = scale_and_shift(node.argument.whole)
         yield path._replace(view=view, factor=path.factor * scale, over=path.view)
 
@@ -266,8 +281,10 @@ def copies(node: Node) -> float:
 def repeats(node: Node) -> bool:
     """Whether near places of an array may be copies of one another, or averages of the same numbers, by known weights."""
     matrix = isinstance(node, Contract) and node.params and any(isinstance(x, Array) for x in node.sources)
-    if isinstance(node, Conv) and not node.args[1].node.deps:
-        matrix = any((w.taps - 1) * w.dilation >= w.stride for w in node.params.windows)
+    if isinstance(node, Conv | WindowSum):
+        known = isinstance(node, Conv) and not node.args[1].node.deps
+        read = (w for w in node.params.windows if w is not None and (known or w.weights))
+        matrix = any((w.taps - 1) * w.dilation >= w.stride for w in read)
     if matrix or (isinstance(node, Merge | Gather) and copies(node) > 1):
         return True
     return not isinstance(node, Mean) and any(map(repeats, node.sources))

@@ -28,6 +28,7 @@ from scipy.special import ndtri
 from varscale.theory.domain.axes import average, rest
 from varscale.theory.graph.convolutions import Conv, Dims, WindowSum
 from varscale.theory.graph.expressions import roots
+from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import once_per_node
@@ -36,7 +37,14 @@ from varscale.theory.integrals.lognormal import shared, weighted
 from varscale.theory.propagation.fourth_moments import correlation_scatter, fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP, Spread, combine, inherited
 from varscale.theory.propagation.marginals import concentrated, evaluate
-from varscale.theory.propagation.token_gram import before_units, own_part, tokens_averaged
+from varscale.theory.propagation.token_gram import (
+    Mixture,
+    Tokens,
+    by_source,
+    mixture,
+    own_part,
+    tokens_averaged,
+)
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 16  # of a population, at most
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
@@ -97,18 +105,31 @@ def of_an_average(node: Node, whole: Spread) -> Spread:
 
     Of a mean over n places, whose overlaps o_jk have the variance V, (1/n²) Σ o_jk varies by 2V, for each sample by itself.
     """
-    below = _averaged(node)
-    if below is not None and (part := common_part(*below)).channels is not None:
-        found = combine(list(zip(_shares_of_mean(node, *below), (whole, part.inherited), strict=True)))
-        whole = dataclasses.replace(whole, sources=found.sources, shift=found.shift, bend=found.bend)
+    if (below := _averaged(node)) is not None:
+        shares, part = _shares_of_mean(node, *below), common_part(*below)
+        if part.channels is not None:
+            found = combine(list(zip(shares, (whole, part.inherited), strict=True)))
+            whole = dataclasses.replace(whole, sources=found.sources, shift=found.shift, bend=found.bend)
+        else:  # two places have the scale of the draw in common, and not their own
+            drawn = min(whole.variance / max(math.log1p(whole.point), 1e-300), 1.0)
+            whole = dataclasses.replace(whole, shift=whole.shift * (shares[0] + drawn * shares[1]))
     if (x := tokens_averaged(node)) is None:
         return whole
     n = x.node.count(node.params)
     scale = math.sqrt(2) * min(own_part(x) / n / node.table.divisor, 1.0)
-    overlaps: dict[Hashable, float] = {("overlap", y): scale * c for y, c in before_units(x.node, x).items()}
+    overlaps: dict[Hashable, float] = {("overlap", y): scale * c for y, c in _before_units(x.node, x).items()}
     of_all = math.sqrt(n / x.node.count(x.tokens))
     sources, places = (weighted([(1.0, whole.sources), (c, overlaps)]) for c in (of_all, 1.0))
     return dataclasses.replace(whole, sources=sources, places=places)
+
+
+@once_per_node
+def _before_units(node: Node, x: Tokens) -> dict[Tokens, float]:
+    """`by_source` of what random weights mixed before and of what is drawn: not of its units, nor of given numbers."""
+    sources, weights, _ = mixture(x) if not isinstance(node, Conv) else Mixture()
+    inner = by_source if applied_weights(node) else _before_units
+    found = weighted([(w, inner(s.node, s)) for s, w in zip(sources, weights, strict=True)])
+    return {y: c for y, c in found.items() if not is_known_array(y.node)}
 
 
 def channel_scatter(node: Node) -> float | None:
@@ -181,7 +202,7 @@ def _read_by(root: Node, places: Places) -> tuple[Node, Places] | None:
 def _shares_of_mean(node: Node, x: Node, places: Places) -> tuple[float, float]:
     """What of the mean square of a sum or mean over places is from a place and itself, and what from two of them."""
     windows = () if node.averages else node.params.windows
-    taps = [w.taps for w in windows if w is not None] or [1 / x.axes[k].size for k in places]
+    taps = [float(w.line @ w.line) for w in windows if w is not None] or [1 / x.axes[k].size for k in places]
     share = min(x.table.mean_square * math.prod(taps) / node.table.divisor, 1.0)
     return share, 1 - share
 

@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import average, contract_axes, rest
+from varscale.theory.domain.axes import average, rest
 from varscale.theory.domain.tables import LEADING_ORDER, Axes, full_types, means_by_type
-from varscale.theory.graph.convolutions import Conv, by_dim, hits
-from varscale.theory.graph.expressions import Apply, Mean, Sum, alike, roots
+from varscale.theory.graph.convolutions import Conv, by_dim, hits, taps_of
+from varscale.theory.graph.expressions import Apply, Mean, Sum, alike, factors, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import (
     Concat,
@@ -51,7 +51,7 @@ _MIXTURES: Fact[Tokens, Mixture] = Fact()
 
 
 class Tokens(NamedTuple):
-    """A node, and along which of its axes tokens and their features are."""
+    """A node, and along which of its axes tokens and their features are; of a convolution without features, what it reads."""
 
     node: Node
     tokens: tuple[int, ...]
@@ -105,8 +105,14 @@ def overlap_before(x: Tokens, y: Tokens) -> float:
 
 def covariance(x: Tokens, y: Tokens) -> float:
     """What two overlaps have in common. Given numbers were there before all else."""
-    other, later = sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]))
+    other, later = sorted((x, y), key=_order)
     return _with_earlier(later.node, later, other)
+
+
+def _order(x: Tokens) -> tuple[float, str]:
+    """Given numbers first; what a convolution reads right after the array that it is of."""
+    n, windows = x.node, isinstance(x.node, Conv) and not x.features
+    return n.argument.id + 0.5 if windows else n.id - 1e9 * is_known_array(n), f"{n.id} {x[1:]}"
 
 
 @once_per_node
@@ -116,7 +122,9 @@ def _with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
         first, second = _measured(later), _measured(other)
         return float(np.mean(first * second)) if first.shape == second.shape else 0.0
     sources, weights, variance = mixture(later)
-    own = max(variance, 0.0) if later == other else 0.0
+    read = [x.node.argument for x in (later, other) if isinstance(x.node, Conv) and not x.features]
+    both = later == other or (len(read) == 2 and read[0] is read[1])
+    own = max(min(variance, mixture(other).variance), 0.0) if both else 0.0
     return own + sum(w * covariance(other, s) for w, s in zip(weights, sources, strict=True) if w)
 
 
@@ -126,15 +134,6 @@ def by_source(node: Node, x: Tokens) -> dict[Tokens, float]:
     sources, weights, variance = mixture(x)
     read = [(w, by_source(s.node, s)) for s, w in zip(sources, weights, strict=True)]
     return weighted([(1.0, {x: math.sqrt(max(variance, 0.0))}), *read])
-
-
-@once_per_node
-def before_units(node: Node, x: Tokens) -> dict[Tokens, float]:
-    """The same without what is of its units, and of given numbers: of what random weights mixed before, what is drawn."""
-    sources, weights, _ = mixture(x)
-    inner = by_source if applied_weights(node) else before_units
-    found = weighted([(w, inner(s.node, s)) for s, w in zip(sources, weights, strict=True)])
-    return {y: c for y, c in found.items() if not is_known_array(y.node)}
 
 
 def _measured(x: Tokens) -> np.ndarray:
@@ -177,7 +176,7 @@ def projected(x: Tokens) -> Tokens | None:
         sources = [x.before()] if x.node.moves else mixture(x).sources
         if isinstance(x.node, Contract) and applied_weights(x.node):
             return next(iter(sources), None)
-        if len(sources) != 1:
+        if len(sources) != 1 or isinstance(x.node, Conv):
             return None
         (x,) = sources
 
@@ -195,18 +194,13 @@ def own_beyond_pairs(second: np.ndarray, axes: Axes, tokens: Sequence[int]) -> f
 
 def mixture(x: Tokens) -> Mixture:
     """Tokens that these are made of, and how their overlap is made of theirs; of given ones, what is measured."""
-    return _MIXTURES.once(x.node.graph, x, lambda: _made_of(x) or white(x))
+    return _MIXTURES.once(x.node.graph, x, lambda: _made_of(x) or Mixture(variance=1 / x.count))
 
 
 @functools.singledispatch
 def mixture_of_sum(node: Node, x: Tokens) -> Mixture | None:
     """The mixture behind a sum over tokens whose weights are made of tokens, too (attention); None of any other sum."""
     return None
-
-
-def white(x: Tokens) -> Mixture:
-    """Features that are independent of each other."""
-    return Mixture(variance=1 / x.count)
 
 
 def _made_of(x: Tokens) -> Mixture | None:
@@ -231,7 +225,7 @@ def _made_of(x: Tokens) -> Mixture | None:
             sizes = {v: n for v, n in parts if not isinstance(v.node, Constant)}
             return Mixture([tokens_of(max(sizes, key=sizes.__getitem__), *x[1:])], [1.0]) if sizes else None
         case Conv() if applied_weights(node):
-            return Mixture(variance=1 / x.count + patch_overlap(node))
+            return _of_windows(x, node)
         case Sum():
             return _of_a_sum(x, node)
         case Apply():
@@ -239,6 +233,19 @@ def _made_of(x: Tokens) -> Mixture | None:
         case Contract():
             return _of_a_product(x, node)
     return None
+
+
+def _of_windows(x: Tokens, node: Conv) -> Mixture:
+    """Outputs overlap as what they read does, which is not one for all groups, and that as the inputs at each tap."""
+    groups, _, (_, channel, *_), _, out_dims = node.params
+    if channel is None or out_dims[1] in x.tokens:
+        return Mixture(variance=1 / x.count + patch_overlap(node))
+    if x.features and groups == 1:
+        return Mixture([x._replace(features=())], [1.0], 1 / x.count)
+    at, share = dict(zip(out_dims, node.params.x_dims, strict=True)), 1 / taps_of(node)
+    inner = Tokens(node.argument, tuple(sorted(k for t in x.tokens if (k := at[t]) is not None)), (channel,))
+    own = patch_overlap(node) + (1 / x.count if x.features else 0.0)
+    return Mixture([inner], [share], own - share**2 * overlap(inner))
 
 
 def _of_a_product(x: Tokens, node: Contract) -> Mixture | None:
@@ -349,7 +356,7 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
             term = max(overlaps.values()) * _own_parts(f, g, node.axes, overlaps)
             for other in (h for h in parts if h not in (f, g)):
                 term = term * other.second(node.axes)
-            gain = gain + term
+            gain = gain + factors(node.whole)[0] ** 2 * term
         _doubt_lengths(f, g)
     return gain
 
@@ -377,9 +384,10 @@ def _own_parts(x: View, y: View, frame: Axes, tokens: Collection[int]) -> np.nda
     """By type, what a token has in common with itself that it has not with the other: of x times of y."""
     out = np.ones(())
     for view in (x, y):
-        second = full_types(view.second(frame), frame)
-        same = contract_axes(second, {k: frame[k].same for k in tokens})
-        out = out * np.maximum(np.expand_dims(same, tuple(sorted(tokens))) - second, 0.0)
+        second = own = other = full_types(view.second(frame), frame)
+        for k in tokens:  # the types of one position come first, by class
+            own, other = own.take(frame[k].first, axis=k), other.take(frame[k].second, axis=k)
+        out = out * np.maximum((own + other) / 2 - second, 0.0)
     return out
 
 

@@ -33,14 +33,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, average, contract_axis, full_along, over_classes
-from varscale.theory.domain.axis_maps import lift_types
+from varscale.theory.domain.axes import average, contract_axis, full_along, over_classes
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import View
 from varscale.theory.graph.store import BackwardNotes
-from varscale.theory.integrals.softmax import apart
 from varscale.theory.propagation.marginals import cofactors
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import (
@@ -53,12 +51,12 @@ from varscale.theory.propagation.token_gram import (
     own_part,
     projected,
     tokens_of,
-    white,
 )
 
 # Of what tokens share, which moves by the curvature of what made them times the variance of their overlaps;
 # set on the validation grid, not derived.
 SHARED_DOUBT = 0.03
+_AS_ONE = 0.99  # of what a value has beyond any two: values that have so much of it in common are one
 
 
 class Attention(NamedTuple):
@@ -196,7 +194,7 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     p, values, found = attention.weights, attention.projections(), scores(attention.weights)
     source = None if found is None else projected(found.queries)
     if found is None or source is None or not (values.tokens and values.features and found.queries.tokens):
-        return white(x)
+        return Mixture(variance=1 / x.count)
     count, keys = found.queries.count, float(p.seen.sum(-1).mean())
     heads = x.node.count(set(x.features) & set(attention.place))
     rows = [k for k, row in enumerate(p.rows) if attention.place[row] in x.tokens]
@@ -219,29 +217,14 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     return Mixture([values, source], [0.0, (1 - tilt) * slope + tilt], noise / heads)
 
 
-def of_alike_keys(weights: View, values: View, node: Any, square: float) -> float:
-    """The doubt of taking keys of one class for independent where they are alike: mask tokens, say, which are one row repeated.
-
-    With κ what the logits of two keys of a class have in common beyond any two, the weight of a class with the share f of keys
-    varies by f² (1 − f)² κ to leading order: the sum, by that times the mean square of the class's mean value less that of all.
-    """
-    p: Any = weights.node
-    axis, c, place = p.keys, p.keys.classes, weights.bind[p.params]
-    if c == 1 or place not in values.bind or node.frame[place] != axis:
-        return 0.0
-    logits = np.moveaxis(np.broadcast_to(p.args[0].second(p.axes), p.frame_types), p.params, -1)
-    alike = _beyond_any_two(p.of_one(logits), p.seen) * (p.seen > 1)
-    part = p.seen / np.maximum(p.seen.sum(-1, keepdims=True), 1e-300)
-    varied = over_classes(part**2 * (1 - part) ** 2 * alike, p.row_axes)
-    table = values.node.table.second
-    for k in reversed(range(len(values.bind))):
-        own, here = values.node.axes[k], values.bind[k] == place
-        table = apply_axis(table, k, lift_types(axis, own)) if here else contract_axis(table, k, own.same)
-    return min(float(varied @ _beyond_any_two(table, axis.counts)) / max(square, 1e-300), 1.0)
-
-
-def _beyond_any_two(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """What two different keys of a class have in common, less what each has with any other, by class (..., classes)."""
-    c = counts.shape[-1]
-    pairs = second[..., c:]
-    return np.maximum(apart(np.concatenate([pairs[..., :: c + 1], pairs], axis=-1), counts), 0.0)
+def alike_keys(weights: View, values: View) -> bool:
+    """Whether values at keys of one class are as good as one: mask tokens, say, which are one row repeated."""
+    node, place = values.node, weights.bind[weights.node.params]
+    k = values.bind.index(place) if place in values.bind else 0
+    second, axis = node.table.second, node.axes[k]
+    for j in (j for j in reversed(range(len(node.axes))) if j != k):
+        second = contract_axis(second, j, node.axes[j].same)
+    second = second.ravel() - second.ravel() @ axis.different
+    own, pairs = second[: axis.classes], second[axis.classes :: axis.classes + 1]
+    alike = (axis.counts > 1) & (pairs > _AS_ONE * np.maximum(own, 1e-300))
+    return place in values.bind and axis.classes > 1 and bool(np.any(alike))

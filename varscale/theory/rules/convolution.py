@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, full_along, outer, rest
-from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, identity_map, pair_counts
+from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, outer, rest
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, pair_counts
 from varscale.theory.domain.tables import Table, means_by_type, table_over
 from varscale.theory.graph.convolutions import (
     Conv,
@@ -33,12 +33,11 @@ from varscale.theory.graph.convolutions import (
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Atom, Value, separated, transpose
 from varscale.theory.graph.linear_nodes import weight_of
-from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes, Flows
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
-from varscale.theory.propagation.cross_moments import cross, dependent, unsure
-from varscale.theory.propagation.doubts import lost_excess
+from varscale.theory.propagation.cross_moments import dependent
 from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.marginals import quantiles_of_kind, scatter_of
 from varscale.theory.propagation.pullbacks import repeats
@@ -113,25 +112,40 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
         raise NotImplementedError("its kernel is no weight")
     outputs, taps = [aval.shape[d] for d in out_spec[2:]], [w.shape[d] for d in w_spec[2:]]
     if math.prod(taps) == p["feature_group_count"] == 1 and outputs == [x.shape[d] for d in in_spec[2:]]:
-        free = rest(x.dims, in_spec[1:2])
-        found = product(
-            interpreter, x, Value(w.node, tuple(w.dims[d] for d in w_spec[:2])), (in_spec[1:2], (1,))
-        )
+        free, line = rest(x.dims, in_spec[1:2]), Value(w.node, tuple(w.dims[d] for d in w_spec[:2]))
+        found = product(interpreter, x, line, (in_spec[1:2], (1,)))
         places = {d: free.index(k) for d, k in zip(out_spec, in_spec, strict=True) if k in free}
         return transpose(found, [places.get(d, len(free)) for d in range(len(out_spec))])
-    smooth = math.prod(taps) > 1 and x.node.near == 1 and is_known_array(x.node)
-    if smooth or repeats(w.node) or (not w.node.deps and repeats(x.node)):
-        interpreter.ask("windows over near places that are alike", whole=True)
     (cx, x), (cw, w) = without_factor(x), without_factor(w)
-    x, w = separated(x), separated(w)
+    kernel, x, w, groups = interpreter.concrete(w), separated(x), separated(w), p["feature_group_count"]
+    known = kernel is not None and math.prod(taps) > 1 and groups == w.shape[w_spec[0]]
+    lines = _factors(kernel.transpose(w_spec)) if kernel is not None and known else None
+    smooth = math.prod(taps) > 1 and x.node.near == 1 and is_known_array(x.node)
+    alike = repeats(w.node) or (not w.node.deps and repeats(x.node))
+    if smooth or alike or (known and lines is None):
+        interpreter.ask("windows over near places that are alike, or a known kernel", whole=True)
     lows = [low for low, _ in p["padding"]]
     read = map(Window, outputs, taps, p["window_strides"], lows, p["lhs_dilation"], p["rhs_dilation"])
     windows, xd, wd = tuple(read), _axes_of(x, in_spec), _axes_of(w, w_spec)
-    batch, _, *places = dim_axes(x.node, xd)
-    out = [batch, dim_axes(w.node, wd)[0], *map(output_axis, windows, places)]
-    params = partial(ConvParams, p["feature_group_count"], windows, xd, wd)
-    made = transpose(_window_node([x, w], Conv, out, params), [out_spec.index(d) for d in range(len(out))])
+    params, kind, args = partial(ConvParams, groups, windows, xd, wd), Conv, [x, w]
+    (batch, channels, *places), (features, *_) = dim_axes(x.node, xd), dim_axes(w.node, wd)
+    if lines is not None:
+        windows = tuple(own._replace(weights=tuple(line)) for own, line in zip(windows, lines, strict=True))
+        params, kind, args = partial(WindowSumParams, (None, None, *windows), xd), WindowSum, [x]
+        features = channels
+    out = [batch, features, *map(output_axis, windows, places)]
+    made = transpose(_window_node(args, kind, out, params), [out_spec.index(d) for d in range(len(out))])
     return Value(affine(made.node, cx * cw, 0.0), made.dims)
+
+
+def _factors(kernel: np.ndarray) -> list[np.ndarray] | None:
+    """The factors, by axis of its taps, of a known kernel that is their product, for every channel the same; None of others."""
+    first = kernel[0, 0]
+    top = np.unravel_index(np.abs(first).argmax(), first.shape)
+    lines = [first[(*top[:d], slice(None), *top[d + 1 :])] / (first[top] or 1) for d in range(first.ndim)]
+    lines[0] = lines[0] * first[top]
+    is_product = kernel.shape[1] == 1 and np.allclose(kernel, outer(lines), atol=1e-6 * abs(first[top]))
+    return lines if is_product else None
 
 
 def near_places(node: WindowSum, second: float, alike: float) -> float:
@@ -147,7 +161,8 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
     table = node.argument.table
     mean = node.carried(table.mean, node.maps(AxisMap.means))
     out = Table(node.axes, mean, node.carried(table.second, node.maps(pair_counts)))
-    if doubt := near_places(node, out.mean_square, taps_of(node) ** 2 * table.mean_square):
+    whole = math.prod(w.line.sum() ** 2 for w in node.params.windows if w is not None)
+    if doubt := near_places(node, out.mean_square, whole * table.mean_square):
         node.graph.flag("quadrature", doubt)
     return out
 
@@ -155,30 +170,6 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
 @pullback.register
 def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [node.carried(cotangent, node.maps(cotangent_counts), back=True)]
-
-
-@cross_by_kind.register
-def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) -> np.ndarray | None:
-    """Places of another array over the same grid, or other windows over one array, against the places that a window reads."""
-    x, (windows, xd, od) = node.argument, node.params
-    if [axis.size for axis in dim_axes(x, xd)] != [axis.size for axis in dim_axes(node, od)]:
-        return None  # a stride leaves places out, a border makes some
-    at = {k: a.bind[o] for k, o in zip(xd, od, strict=True) if k is not None and o is not None}
-    y, theirs = b, [None] * len(windows)
-    if type(b.node) is WindowSum and (b.node.args, b.node.params[1:], b.bind) == (
-        node.args,
-        (xd, od),
-        a.bind,
-    ):
-        y, theirs = x.whole.within(at), b.node.params.windows
-    out = cross(x.whole.within(at), y, frame)
-    for window, other, k in zip(windows, theirs, xd, strict=True):
-        if k is not None and (window or other):
-            axis = frame[at[k]]
-            maps = (window_map(w, axis, axis) if w else identity_map(axis) for w in (window, other))
-            out = apply_axis(full_along(out, at[k], axis), at[k], pair_counts(*maps))
-    unsure(x.graph, "quadrature", max(x.near, y.node.near))
-    return out
 
 
 _MAXIMA_SORTED = 200_000  # maxima that a law is taken from
@@ -209,7 +200,7 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     out = table_over(node.axes, mean, second)
     # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
     near = near_places(node, out.mean_square, source.table.mean_square)
-    node.graph.flag("sampled", tail_excess(taps_of(node), fewest_terms(source)) + lost_excess(source) + near)
+    node.graph.flag("sampled", tail_excess(taps_of(node), fewest_terms(source)) + near)
     return out
 
 

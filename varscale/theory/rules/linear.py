@@ -14,23 +14,21 @@ import numpy as np
 from varscale.theory.domain.axes import Axes, Axis, affordable, contract_axes, equal, grouped, join, outer
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, roots, swapped
+from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Value, align, axes_along, full, renumbered
-from varscale.theory.graph.linear_nodes import Contract, Gather, unmoved, weight_of
+from varscale.theory.graph.linear_nodes import Contract, Gather, Take, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_of_product, mean_product
-from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import gained_by_sum
-from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
+from varscale.theory.rules.attention import SHARED_DOUBT, alike_keys, note_values, tilted
 from varscale.theory.rules.elementwise import mean
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.softmax import Softmax
 
-_LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
 _WRITTEN_OUT = 8  # products with one weight that an array is made of: T steps have T² cross-moments
 
 
@@ -58,15 +56,11 @@ def second_moments_of_contract(node: Contract) -> Table:
     if np.any(tilt):
         gained = Table(node.axes, table.mean, np.broadcast_to(tilt, node.frame_types)).mean_square
         node.graph.flag("quadrature", SHARED_DOUBT + ROUGH * gained / table.divisor)
-    square = table.mean_square
-    # Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise.
-    for weights, tokens in (node.args, node.args[::-1]):
-        is_softmax = isinstance(weights.node, Softmax)
-        if is_softmax and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
-            node.graph.flag("assumed", doubt)
-        if weights.node.shares and (near := lost_excess(tokens.node)) > NEGLIGIBLE:
-            of_all = near * tokens.node.table.mean_square / max(square, 1e-300)
-            node.graph.flag("quadrature", min(of_all, 1.0))
+    for weights, values in (node.args, node.args[::-1]):
+        if isinstance(weights.node, Softmax) and alike_keys(weights, values):
+            if not node.graph.undrawn:
+                raise NotImplementedError("keys that are alike")
+            node.graph.flag("assumed", LOOSE)
     return table
 
 
@@ -216,6 +210,13 @@ def _mixes_heads(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
     return isinstance(made, Contract) and not weight_of(made) and all(along <= {*v.bind} for v in made.args)
 
 
+@once_per_node
+def _is_of_shares(node: Node) -> bool:
+    """Whether it is a part or a weighted sum of softmax weights."""
+    taken = isinstance(node, Take | Sum) or node.primitive == "affine"
+    return taken and any(x.shares or _is_of_shares(x) for x in node.sources)
+
+
 def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
     """Whether free dimensions of two arrays may be one, read twice: each of its positions then meets itself.
 
@@ -253,6 +254,8 @@ def product(interpreter: Context, x: Value, y: Value, contracted: Any, batch: An
         raise NotImplementedError("a weight meets what its transpose made")
     if _meets_itself(a, b, contracted, batch):
         raise NotImplementedError("rows meet themselves in a product")
+    if any(map(_is_of_shares, (a.node, b.node))):
+        interpreter.ask("softmax weights that were added up or cut", whole=True)
     if b.node.is_drawn and len(_uses(a.node, b.node)) > _WRITTEN_OUT:
         interpreter.ask("a loop over time that is written out")
     x, y = _over_one_frame(a, b, batch, contracted)

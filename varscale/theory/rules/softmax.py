@@ -226,7 +226,7 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     if random is None:
         return None
     if len(mean.params) > 1:  # drawn where that can be; else a division as any other
-        interpreter.ask("a softmax over several axes")
+        interpreter.ask("a softmax over several axes", whole=True)
         return None
     graph, (key,), frame = interpreter.graph, mean.params, num.axes
     args, unshared, by_sample = [random], 0.0, False
