@@ -16,6 +16,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, average, outer, over_classes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEGLIGIBLE, ROUGH, full_types, means_by_type
+from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift, trees
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback
@@ -30,7 +31,7 @@ from varscale.theory.propagation.marginals import along, cofactors, concentrated
 from varscale.theory.propagation.pullbacks import Cotangent, forks, mean_part, pulled_back, selected, sum_out
 from varscale.theory.propagation.sampler import in_order
 from varscale.theory.propagation.second_moments import product_second
-from varscale.theory.propagation.token_gram import normed_together, overlap_before
+from varscale.theory.propagation.token_gram import normed_together, overlap_before, patch_overlap
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
 
@@ -323,11 +324,6 @@ def _projection(
     return np.where(alike, out, refine(2 * both, axes) - y * out)
 
 
-def _varies(scale: View) -> np.ndarray:
-    """Whether a norm's variance is more than none, by class, as 1 or 0: of zeros, its epsilon is all there is."""
-    return 1.0 * (scale.node.table.mean > 0)
-
-
 def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions, of relative variance r.
 
@@ -360,7 +356,8 @@ def _not_alone(root: View, scale: View) -> float:
         sources = kernel(root.node).places.items() if norm.features else ()
         return 1 - math.prod(1 - math.expm1(c * c) for key, c in sources if isinstance(key, Node))
     units = norm._replace(features=(len(root.bind) - 1,))
-    met = 2 * overlap_before(units, units)
+    grouped = isinstance(node, Conv) and node.params.groups > 1  # one unit reads one group
+    met = 2 * (patch_overlap(node) if grouped else overlap_before(units, units))
     met += sum((w.leaf.kurtosis - 3) / (node.width or math.inf) for w in applied_weights(node))
     return met / norm.count
 

@@ -236,7 +236,7 @@ def _made_of(x: Tokens) -> Mixture | None:
 
 
 def _of_windows(x: Tokens, node: Conv) -> Mixture:
-    """Outputs overlap as what they read does, which is not one for all groups, and that as the inputs at each tap."""
+    """Outputs overlap as what they read does, each group for itself, and that as the inputs at each tap, in the mean."""
     groups, _, (_, channel, *_), _, out_dims = node.params
     if channel is None or out_dims[1] in x.tokens:
         return Mixture(variance=1 / x.count + patch_overlap(node))
@@ -244,8 +244,12 @@ def _of_windows(x: Tokens, node: Conv) -> Mixture:
         return Mixture([x._replace(features=())], [1.0], 1 / x.count)
     at, share = dict(zip(out_dims, node.params.x_dims, strict=True)), 1 / taps_of(node)
     inner = Tokens(node.argument, tuple(sorted(k for t in x.tokens if (k := at[t]) is not None)), (channel,))
-    own = patch_overlap(node) + (1 / x.count if x.features else 0.0)
-    return Mixture([inner], [share], own - share**2 * overlap(inner))
+    alike, own = share * overlap(inner), patch_overlap(node)
+    if groups == 1:
+        own = max(own, alike)
+    elif x.features:
+        own = own / groups + alike + 1 / x.count
+    return Mixture([inner], [share], own - share * alike)
 
 
 def _of_a_product(x: Tokens, node: Contract) -> Mixture | None:
