@@ -112,7 +112,8 @@ class Conv(Node):
 
     def prepare(self) -> None:
         (x, w), (groups, _, xd, *_) = self.sources, self.params
-        self.width = dim_axes(x, xd)[1].size / groups * taps_of(self)
+        self.reads = dim_axes(x, xd)[1].size // groups  # channels that an output is made of
+        self.width = float(self.reads * taps_of(self))
         self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
         # A sum of few terms (a depthwise one: nine) is not Gaussian: its sign follows the channel it reads.
         self.gradient_doubt = _FEW_TERMS / self.width
@@ -121,13 +122,12 @@ class Conv(Node):
         """Channel pairs behind a pair of output channels, (types_out, types_in): by w's same input, and by two of them."""
         groups, _, xd, _, od = self.params
         c, o = dim_axes(self.argument, xd)[1], dim_axes(self, od)[1]
-        own = c.size / groups
         # Within one group channels agree with w's input index: the counts of all channels, thinned by groups.
         agree, differ = c.pairs * c.agrees / groups, c.pairs * ~c.agrees
         differ /= max(differ.sum(), 1e-300)
         together = (o.size / groups - 1) / (o.size - 1) if o.size > 1 and groups > 1 else 1.0
-        one = np.where(o.agrees[:, None], agree, together * agree + (1 - together) * own * differ)
-        return one, np.broadcast_to(own * (own - 1) * differ, one.shape)
+        one = np.where(o.agrees[:, None], agree, together * agree + (1 - together) * self.reads * differ)
+        return one, np.broadcast_to(self.reads * (self.reads - 1) * differ, one.shape)
 
     def carry(self, second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Second moments by type of the output, from those of the input; or of the input's cotangent, from the output's."""

@@ -6,6 +6,7 @@ same roots, and its moments are taken exactly.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -14,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, average, outer, over_classes, pool, refine
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, outer, over_classes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift, trees
+from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift, trees, weighted_sum
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
@@ -59,7 +60,7 @@ class Cotangents:
         return node, [replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)]
 
 
-def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
+def _added_cotangents(parts: Sequence[Cotangent], axes: Axes) -> Cotangent:
     """Cotangents of one node, their doubts weighted by what they bring; of what is taken away (`forks`) the doubt stays."""
     if len(parts) == 1:
         return parts[0]
@@ -195,7 +196,7 @@ class _Backward:
             self.pending.add(root.node, replace(passed, second=back, doubt=doubt, mask=mask))
         for view in trees(node)[1:]:
             if view.node in self.asked and (slope := derivative(node, view)) is not None:
-                passed = replace(part, second=_through(node, view, slope, part), mask=None)
+                passed = replace(part, second=_through(node, view, slope, part, ()), mask=None)
                 self.done.add(view.node, gradient_scale(node, view, slope, (), passed))
 
     def found(self, node: Node) -> list[Cotangent]:
@@ -207,7 +208,7 @@ class _Backward:
         ]
 
 
-def gained_along(root: View, slope: View, part: Cotangent, axes: tuple[Axis, ...]) -> float:
+def gained_along(root: View, slope: View, part: Cotangent, axes: Axes) -> float:
     """What a cotangent that is one for all units (the last axis) gains behind their weights, as its slope goes with them.
 
     Of Σ h²/2 it is h itself: where h = W x has m units of n terms, E[|Wᵀh|²] is 1 + m/n times that of an independent one.
@@ -226,26 +227,14 @@ def repeated(node: Node) -> float:
 
     To first order that is what the terms have in common forward: 2 Σ |E[t_i t_j]| / E[x²] over pairs of one W.
     """
-    terms = zip(node.params, node.args, strict=True) if isinstance(node, Sum) else ()
     earlier, common = list[tuple[float, View]](), 0.0
-    for c, view in sorted(terms, key=lambda term: term[1].node.id):
-        if any(view.node.deps & before.node.deps for _, before in earlier):
-            for w, x in _terms_of_weights(c, view, ~0):
-                leaf = applied_weights(x.node)[0].leaf
-                alike = [y for term in earlier for y in _terms_of_weights(*term, leaf.deps)]
-                alike = [(v, y) for v, y in alike if applied_weights(y.node)[0].leaf is leaf]
-                common += sum(abs(w * v * mean_of_product(x, y, node.axes)) for v, y in alike)
-        earlier.append((c, view))
+    for c, view in sorted(node.terms, key=lambda term: term[1].node.id) if isinstance(node, Sum) else ():
+        own = [(c * d, x) for d, x in weighted_sum(view)[0] if applied_weights(x.node)]
+        for (w, x), (v, y) in itertools.product(own, earlier):
+            if applied_weights(x.node)[0].leaf is applied_weights(y.node)[0].leaf:
+                common += abs(w * v * mean_of_product(x, y, node.axes))
+        earlier += own
     return 2 * common / node.table.divisor
-
-
-def _terms_of_weights(factor: float, view: View, leaves: int) -> list[tuple[float, View]]:
-    """The terms that random weights make, among them one of these leaves, in the sums that a view is, with their factors."""
-    pending = [(factor, view)]
-    for c, (x, bind) in pending:  # grows
-        if isinstance(x, Sum) and x.deps & leaves:
-            pending += [(c * d, y.within(bind)) for d, y in zip(x.params, x.args, strict=True)]
-    return [(c, x) for c, x in pending if applied_weights(x.node)]
 
 
 def _over_argument(view: View | None, argument: View, node: Node) -> View | None:
@@ -268,9 +257,7 @@ def _with_sum_written_out(node: Node, target: Sum) -> Node:
     return make(Apply, node.axes, args, node.params)
 
 
-def _through(
-    node: Apply, target: View, slope: View, part: Cotangent, scales: Sequence[View] = ()
-) -> np.ndarray:
+def _through(node: Apply, target: View, slope: View, part: Cotangent, scales: Sequence[View]) -> np.ndarray:
     """A cotangent times the node's derivative; a norm's own scale is held at its mean (`_inverse_scale` does the rest).
 
     Along a stream one derivative follows another of nearly the same argument: E[m² m'²] in place of E[m²] E[m'²], each given
@@ -307,7 +294,7 @@ def _projection(
     axes, square = root.node.axes, root.node.table.divisor
     normed = root.axes_beyond(scale)
     out = mean_part(sum_out(part.second * squares, node.axes, root), normed, axes) / square
-    alike = outer(a.agrees if k in normed else np.ones(a.types) for k, a in enumerate(axes))
+    alike = outer(a.agrees | (k not in normed) for k, a in enumerate(axes))
     if normed == (len(axes) - 1,):
         return out * alike
     # Of two places that share part of y or u: (UY + YU)/n − Y mean, U and Y the moments of pairs of either.

@@ -75,7 +75,7 @@ def pair(a: View, b: View, frame: Axes) -> Pair:
 
 
 @once_per_node
-def _expanded(node: Node, a: View, b: View, frame: tuple[Axis, ...]) -> Pair:
+def _expanded(node: Node, a: View, b: View, frame: Axes) -> Pair:
     """Of a view of this node, by the first strategy that knows it."""
     found = Pair(np.zeros(()))
     node.graph.computing.append(found)
@@ -90,7 +90,7 @@ def _expanded(node: Node, a: View, b: View, frame: tuple[Axis, ...]) -> Pair:
     return found
 
 
-def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
+def mean_of_product(a: View, b: View, frame: Axes) -> float:
     """E[a_i b_i] over all elements of the frame."""
     return average(pair(a, b, frame).moment, frame)
 

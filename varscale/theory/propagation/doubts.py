@@ -20,7 +20,7 @@ from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Axes
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat, weight_of
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
 from varscale.theory.graph.store import HOWS, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, on_grid
 from varscale.theory.integrals.primitives import function
@@ -170,8 +170,7 @@ def mark_depthwise(f: View, g: View) -> None:
         live = [root.node for root in fluctuating(roots_of(other))]
         if len(live) == 1 and isinstance(live[0], Conv):
             (x, _), (w, _) = live[0].args
-            channel = live[0].params.x_dims[1]
-            alone = channel is not None and x.axes[channel].size == live[0].params.groups
+            alone = live[0].reads == 1 and live[0].params.x_dims[1] is not None
             if alone and dependent(one.node, x) and not one.node.deps & w.deps:
                 unsure(one.node.graph, "assumed", LOOSE)
 
@@ -203,8 +202,6 @@ def doubt_of(node: Node) -> float:
 @once_per_node
 def _steps(node: Node) -> tuple[str, float]:
     how, doubt = max(type(node).how, node.flagged or "exact", key=HOWS.index), node.doubt
-    if isinstance(node, Leaf | Array | Constant):
-        return how, doubt
     if isinstance(node, Apply):
         # A normalised function of a root forgets an error of its scale; an expansive one magnifies it.
         slopes = responses(node)
@@ -249,17 +246,15 @@ def _not_forgotten(main: View, *scales: View) -> float:
 def _error_weights(node: Sum | Concat) -> Any:
     """What the relative error of a term's second moment makes of the sum's: more than itself, where terms cancel.
 
-    Of arrays one after another each counts by its share of the square.
-    A scale that is off by a factor enters with the term's product with the sum; a variance that is off alone, with the term's
-    own share. A number has no variance, and of an array less its own mean the two are off together.
+    Of joined arrays each counts by its share of the square. A scale that is off by a factor enters with the term's product
+    with the sum; a variance that is off alone, with the term's own share. A number has no variance, and of an array less its
+    own mean the two are off together.
     """
     if isinstance(node, Concat):
         return term_shares(node)
-    taken, weights, terms = set(node.centring.values()), list[float](), node.terms
-    for i, (c, view) in enumerate(terms):
-        others = (c * d * mean_of_product(view, x, node.axes) for j, (d, x) in enumerate(terms) if j != i)
-        own = c * c * view.node.table.mean_square
-        scaled = abs(own + sum(others))
-        weight = scaled if concentrated(view.node) else max(own, scaled)
-        weights.append(0.0 if i in taken else weight / node.table.divisor)
+    taken, weights = set(node.centring.values()), list[float]()
+    for i, (c, view) in enumerate(node.terms):
+        scaled = abs(c * mean_of_product(view, node.whole, node.axes))
+        own = 0.0 if concentrated(view.node) else c * c * view.node.table.mean_square
+        weights.append(0.0 if i in taken else max(own, scaled) / node.table.divisor)
     return weights

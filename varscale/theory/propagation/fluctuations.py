@@ -79,7 +79,7 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1, *, apart: bool = Fa
 
     `apart`: each output of a place sees units of its own, as of tokens' values: a norm over the outputs averages that away.
     """
-    weights = isinstance(node, Leaf | Array | Constant) and not node.is_input
+    weights = isinstance(node, Leaf | Array) and not node.is_input
     # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
     if weights or all(r.node.shares for r in roots(node)):
         return NONE
@@ -130,8 +130,7 @@ def propagated_of_average(node: Mean | WindowSum) -> Spread:
     inner = node.argument
     if node.averages and inner.params == ("integer_pow", (2,)):
         below, units = inherited(inner.argument), (len(inner.axes) - 1,)
-        # With s the scale of one place E[s²] in a mean over its units; other places average theirs, but for
-        # what all share.
+        # With s the scale of one place, E[s²] in a mean over its units; over other places what all share.
         places = below.places if node.params == units else below.sources
         spread = replace(fluctuations(inner.argument), places=places)
         return combine([(2.0, replace(spread, shift=spread.shift + spread.point / 2))])
@@ -167,10 +166,10 @@ _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first o
 def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], part: Cotangent) -> Cotangent:
     """A tree's cotangent past its `slope` towards a root, by the roots' fluctuations; a norm's scales are `held`."""
     ratio = _slope_in(root.node, node)
+    passed = replace(part, scale=part.scale * ratio, own=0.0)
     if isinstance(slope.node, Constant):
-        return replace(part, scale=part.scale * ratio, own=0.0)
-    together = part.unit * _with_slope(node, slope)
-    passed = replace(part, scale=part.scale * ratio, own=0.0, unit=0.0, weights=0.0)
+        return passed
+    together, passed = part.unit * _with_slope(node, slope), replace(passed, unit=0.0, weights=0.0)
     if held:
         # Nothing of a gradient is left along what a norm of units at P places normalises: −1/P of it at one.
         # So it is along one unit's weights: over the root mean square of m units, g² goes by |w|^(−2/m).

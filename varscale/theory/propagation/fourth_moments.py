@@ -15,25 +15,17 @@ How far the mean of finitely many squares is from its expectation follows from E
 import functools
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, average, contract_axes, equal, outer, over_classes
-from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type, over_frame
-from varscale.theory.graph.convolutions import Conv, tap_scatter
+from varscale.theory.domain.axes import Axes, average, contract_axes, equal, outer, over_classes, rest
+from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type
+from varscale.theory.graph.convolutions import Conv, by_axis, dim_axes, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
-from varscale.theory.graph.linear_nodes import (
-    Concat,
-    Contract,
-    Gather,
-    Rearranged,
-    applied_weights,
-    axes_before,
-    unmoved,
-)
+from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, applied_weights, axes_before, unmoved
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.normal_form import apply, mean_node
 from varscale.theory.graph.store import once_per_node
@@ -49,6 +41,7 @@ from varscale.theory.propagation.marginals import (
     grid,
     independent_factors,
     marginal,
+    of_terms,
     term_shares,
     uncentred,
 )
@@ -57,6 +50,7 @@ from varscale.theory.propagation.token_gram import (
     covariance,
     overlap_before,
     own_part,
+    own_terms,
     patch_overlap,
     tokens_averaged,
     tokens_of,
@@ -101,8 +95,6 @@ def excess_kurtosis(node: Node) -> float:
     if not isinstance(node, Apply) or len(live) != 1:
         return 0.0
     values = along(node.whole, node.axes, *live)
-    if values.shape[-1] != len(WEIGHTS):
-        return 0.0
     values = values - (values @ WEIGHTS)[..., None]
     fourth, square = (float(over_classes(values**k, node.axes) @ WEIGHTS) for k in (4, 2))
     return fourth / max(square, 1e-300) ** 2 - 3
@@ -157,7 +149,7 @@ def fresh(node: Node, axes: Collection[int] | None = None) -> float:
     over = set(node.whole.bind if axes is None else axes)
     if isinstance(node, Computed):
         return scatter_of_given(node, over)
-    if isinstance(node, Rearranged):
+    if unmoved(node) is not node:
         before = {j for k in over for j in axes_before(node, k)}
         if over == {k for k in range(len(node.axes)) if before.issuperset(axes_before(node, k))}:
             return fresh(node.argument, tuple(sorted(before)))
@@ -217,7 +209,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     return pairs, means
 
 
-def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, ...]) -> np.ndarray:
+def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: Axes) -> np.ndarray:
     """E[g_i g_j] by type of a function of one root, from its Hermite coefficients and mean square by class.
 
     Over draws the correlation ρ of two entries has a variance v (`correlation_scatter`). Of n directions, v = 1/n, it has the
@@ -241,57 +233,37 @@ def correlation_scatter(node: Node) -> np.ndarray:
 
     What the weights of a unit add to it, whose squared norm is one for all tokens, is in `fluctuations.with_own_weights`.
     """
-    out, whole = np.zeros(node.frame_types), node.table.mean_square
+    whole, last, applied = node.table.mean_square, len(node.axes) - 1, applied_weights(node)
     if isinstance(node, Gather):  # rows of a table: two are one and the same, or they are not
         rate = np.clip(node.table.covariance / max(node.table.variance, 1e-300), 0, 1)
         return rate * (1 - rate)
+    if isinstance(node, Conv) and applied:
+        return _patch_scatter(node)
     if isinstance(node, Sum) and whole > 0:  # the mean of what is centred is 0, or below it by rounding
-        for c, view in node.terms:
-            share = c * c * view.node.table.mean_square / whole
-            inner = correlation_scatter(view.node)
-            out = out + share**2 * view.over(inner, node.axes, pairs=True)
-        tokens = range(len(node.axes) - 1)
-        own = [
-            (c * c * max(own_part(x), 0.0) / whole, x)
-            for c, v in node.terms
-            if (x := tokens_of(v, tokens, (len(tokens),))).tokens and x.features
-        ]
-        common = sum(
-            2 * a * b * max(covariance(x, y), 0.0) for (a, x), (b, y) in itertools.combinations(own, 2)
-        )
-        out = out + common * _of_one_unit(node, tokens)
-    rank, read = len(node.axes), list[tuple[View, Sequence[int]]]()
-    if tokens_averaged(node):
-        read = [(node.whole, [rank - 1])]
-    for applied in applied_weights(node)[:1]:
-        if isinstance(node, Conv):
-            return _patch_scatter(node)
-        read = [(applied.x, range(rank, rank + len(node.params)))]
-    for view, features in read:
+        pairs = itertools.combinations(own_terms(node, Tokens(node, tuple(range(last)), (last,))), 2)
+        common = sum(2 * a * b * max(covariance(x, y), 0.0) for (x, a), (y, b) in pairs) / whole**2
+        return sum(of_terms(node, correlation_scatter), common * _of_one_unit(node, range(last)))
+    if applied or tokens_averaged(node):
+        view, features = (applied[0].x, node.summed) if isinstance(node, Contract) else (node.whole, [last])
         x = tokens_of(view, tokens := {*view.bind} - {*features}, features)
         if x.tokens and x.features:
             own = min(own_part(x) / x.node.table.divisor, 1.0)
-            out = overlap_before(x, x) * own**2 * _of_one_unit(node, tokens)
-    return out
+            return overlap_before(x, x) * own**2 * _of_one_unit(node, tokens)
+    return np.zeros(node.frame_types)
 
 
-def _of_one_unit(node: Node, tokens: Collection[int]) -> np.ndarray:
+def _of_one_unit(node: Node, tokens: Container[int]) -> np.ndarray:
     """By type, 1 of two tokens of one unit, else 0."""
-    equal = [axis.agrees.astype(float) for axis in node.axes]
-    one_unit = [np.ones_like(e) if k in tokens else e for k, e in enumerate(equal)]
-    return outer(one_unit) - outer(equal)
+    one_unit = outer(axis.agrees | (k in tokens) for k, axis in enumerate(node.axes))
+    return one_unit - outer(axis.agrees for axis in node.axes)
 
 
 def _patch_scatter(node: Conv) -> np.ndarray:
     """The same of a convolution: given patches overlap more than white ones, and not all pairs of a type share as many taps."""
     _, windows, dims, _, places = node.params
-    x, shared = node.argument, np.ones([1] * len(node.axes))
-    for window, before, k in zip(windows, dims[2:], places[2:], strict=True):
-        if k is not None and before is not None:
-            line = tap_scatter(window, x.axes[before], node.axes[k])
-            shared = shared * over_frame(line, (k,), len(node.axes))
-    tokens = tuple(k for d, k in enumerate(places) if k is not None and d != 1)
-    own = own_part(Tokens(node, tokens, ())) / node.table.divisor
+    lines = map(tap_scatter, windows, dim_axes(node.argument, dims)[2:], dim_axes(node, places)[2:])
+    shared, tokens = by_axis(outer([np.ones(1), np.ones(1), *lines]), places), rest(node.axes, places[1:2])
+    own = own_part(Tokens(node, tuple(tokens), ())) / node.table.divisor
     excess = max(patch_overlap(node) - 1 / node.width, 0.0) * min(own, 1.0) ** 2
     return marginal(node).correlation ** 2 * (shared - 1) + excess * _of_one_unit(node, tokens)
 

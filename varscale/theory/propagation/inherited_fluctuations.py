@@ -64,9 +64,7 @@ def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[n
     return np.maximum(np.prod(np.array(levels), axis=0), 1e-300)
 
 
-def _varied_square(
-    factor: View, frame: Axes, group: Sequence[View], ratios: tuple[float, ...]
-) -> list[float]:
+def _varied_square(factor: View, frame: Axes, group: list[View], ratios: tuple[float, ...]) -> list[float]:
     """E[f²] of a factor where the second moment of a group's first root is so many times its own.
 
     The others of the group, mean squares mostly, vary as `_power` says; what is not varied is held at its mean.

@@ -266,13 +266,18 @@ def scatter_of(node: Node) -> np.ndarray | None:
 @scatter_of.register
 def scatter_of_sum(root: Sum) -> np.ndarray | None:
     """Independent terms share the correlation as they share the variance, of which a mean that is taken away is no part."""
-    whole = root.table.divisor
-    found = [
-        (c * c * view.node.table.mean_square / whole) ** 2 * view.over(own, root.axes, pairs=True)
-        for c, view in root.terms
-        if (own := scatter(view.node)) is not None
-    ]
+    found = of_terms(root, scatter)
     return np.asarray(sum(found)) if found else None
+
+
+def of_terms(root: Sum, of: Callable[[Node], np.ndarray | None]) -> list[np.ndarray]:
+    """By type, what the variance of each term's correlation, which is `of` it, adds to that of the sum's."""
+    return [
+        (c * c * view.node.table.mean_square / root.table.divisor) ** 2
+        * view.over(own, root.axes, pairs=True)
+        for c, view in root.terms
+        if (own := of(view.node)) is not None
+    ]
 
 
 scatter = once_per_node(scatter_of)

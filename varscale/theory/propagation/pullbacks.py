@@ -119,17 +119,16 @@ class Fork(NamedTuple):
             inner = self.over.node.argument.axes
             second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
-        second = mean_part(full_types(second, frame), self.beside, frame)
-        second, inner, axes = full_types(second, frame) * self.squares, list(frame), self.root.node.axes
+        second = full_types(mean_part(second, self.beside, frame) * self.squares, frame)
+        inner, axes = list(frame), self.root.node.axes
         for own, place in zip(axes, self.root.bind, strict=True):
             if any(place in maps for maps in self.maps):
                 both = [mapped_over(maps.get(place), frame[place], own) for maps in self.maps]
                 second = apply_axis(second, place, adjoint(pair_counts(*both), frame[place], own))
                 inner[place] = own
         second = sum_out(second, inner, self.root)
-        return Cotangent(
-            second + swapped(second, axes), part.doubt, few=part.few, near=part.near, lost=part.lost
-        )
+        second = second + swapped(second, axes)  # of either path first
+        return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
 
 
 class _Path(NamedTuple):
@@ -185,7 +184,7 @@ def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
     """
     beside = tuple(p.view.bind[k] for k in q.over.node.reduced)
     kept = tuple(place for place in p.view.bind if place not in beside)
-    if not beside or kept != q.over.bind or q.view != q.view.node.whole:
+    if kept != q.over.bind or q.view != q.view.node.whole:
         return None
     if q.slope:
         q = q._replace(slope=q.slope.within(p.view.bind))
@@ -245,7 +244,7 @@ def _overlaps(node: Node, i: int) -> tuple[Sequence[int], float]:
         windows = [(k, w) for w, k in zip(*node.params[:2], strict=True) if w is not None and k is not None]
         summed = [] if isinstance(node, WindowMax) else [k for k, w in windows if w.taps > 1]
         return summed, math.prod(max(w.taps / w.stride, 1.0) for _, w in windows)
-    if isinstance(node, Gather | Merge) and i == 0:
+    if isinstance(node, Gather | Merge):
         return (), copies(node)
     if isinstance(node, Contract) and node.params and isinstance(matrix := node.args[1 - i].node, Array):
         # The products of any two of a cotangent's terms are in doubt, too.

@@ -286,8 +286,6 @@ def draw(node: Node, sizes: Sequence[int]) -> np.ndarray:
 def pooled_estimate(samples: np.ndarray, axes: Axes) -> Table:
     """A table with one class an axis, from replicates (first axis) at reduced sizes."""
     second = estimate(samples, [Axis(n) for n in samples.shape[1:]]).second
-    for k, n in enumerate(samples.shape[1:]):
-        second = second if n > 1 else second.take([0, 0], k)
     return table_over(axes, samples.mean(), refine(second, axes))
 
 

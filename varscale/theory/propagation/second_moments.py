@@ -61,11 +61,10 @@ class _Group(NamedTuple):
 def _followers(variables: Sequence[View], frame: Axes) -> dict[View, _Follower]:
     """Known arrays over the axes of an earlier one, on the grid of that: both are functions of one position."""
     arrays = {view: view.node for view in variables if isinstance(view.node, Array)}
-    leaders: dict[tuple[int, ...], View] = {}
-    out = {}
+    leaders, out = dict[Hashable, View](), {}
     for view, node in arrays.items():
-        leader = leaders.setdefault(view.bind, view)
-        if leader is not view and arrays[leader].axes == node.axes:
+        leader = leaders.setdefault((view.bind, node.axes), view)
+        if leader is not view:
             out[view] = (leader, view.over(followed(node, arrays[leader]), frame, pairs=False))
     return out
 

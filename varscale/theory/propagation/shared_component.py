@@ -37,14 +37,7 @@ from varscale.theory.integrals.lognormal import shared, weighted
 from varscale.theory.propagation.fourth_moments import correlation_scatter, fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP, Spread, combine, inherited
 from varscale.theory.propagation.marginals import concentrated, evaluate
-from varscale.theory.propagation.token_gram import (
-    Mixture,
-    Tokens,
-    by_source,
-    mixture,
-    own_part,
-    tokens_averaged,
-)
+from varscale.theory.propagation.token_gram import Tokens, by_source, mixture, own_part, tokens_averaged
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 16  # of a population, at most
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
@@ -126,7 +119,7 @@ def of_an_average(node: Node, whole: Spread) -> Spread:
 @once_per_node
 def _before_units(node: Node, x: Tokens) -> dict[Tokens, float]:
     """`by_source` of what random weights mixed before and of what is drawn: not of its units, nor of given numbers."""
-    sources, weights, _ = mixture(x) if not isinstance(node, Conv) else Mixture()
+    sources, weights, _ = mixture(x) if not isinstance(node, Conv) else ((), (), 0.0)
     inner = by_source if applied_weights(node) else _before_units
     found = weighted([(w, inner(s.node, s)) for s, w in zip(sources, weights, strict=True)])
     return {y: c for y, c in found.items() if not is_known_array(y.node)}
@@ -145,18 +138,12 @@ def of_few(node: Conv) -> float | None:
     below = _read_by(node, _own_places(node)) if _few(node) else None
     if below is None or (read := common_part(*below).channels) is None:
         return None
-    return float(read.scatter()[0, 0]) * (1 / _group(node) - 1 / read.units)
-
-
-def _group(node: Conv) -> int:
-    """How many channels an output reads."""
-    channels = node.params.x_dims[1]
-    return 1 if channels is None else node.argument.axes[channels].size // node.params.groups
+    return float(read.scatter()[0, 0]) * (1 / node.reads - 1 / read.units)
 
 
 def _few(root: Node) -> TypeGuard[Conv]:
     """Whether it is a convolution of which each output reads a few of the channels."""
-    return isinstance(root, Conv) and _group(root) < _MANY_CHANNELS
+    return isinstance(root, Conv) and root.reads < _MANY_CHANNELS
 
 
 def _windowed(node: Conv | WindowSum, dims: Dims) -> Places:
@@ -174,10 +161,10 @@ def _own_places(root: Node) -> Places:
 
 def _root(node: Node, places: Places) -> tuple[Node, Places]:
     """The one root of a function, and which of its axes these places are; the node itself where it has not just one."""
-    (root, bind), *more = roots(node) or [node.whole]
-    if more or not places <= {*bind} or concentrated(root):
+    view, *more = roots(node) or [node.whole]
+    if more or not places <= {*view.bind} or concentrated(view.node):
         return node, places
-    return root, frozenset(k for k, b in enumerate(bind) if b in places)
+    return view.node, frozenset(view.axes_at(places))
 
 
 def _averaged(node: Node) -> tuple[Node, Places] | None:
@@ -191,11 +178,11 @@ def _read_by(root: Node, places: Places) -> tuple[Node, Places] | None:
     """What a root adds up over random weights or averages over places, and which of its axes these are."""
     if (isinstance(root, Conv) or _averaged(root) is not None) and places != _own_places(root):
         return None
-    for weight, view, (x, bind), _ in applied_weights(root):
+    for weight, view, x, _ in applied_weights(root):
         if weight.is_drawn and isinstance(root, Conv):
-            return x, _windowed(root, root.params.x_dims)
-        if weight.is_drawn and places <= {*bind} and not places & {*view.bind}:
-            return x, frozenset(k for k, b in enumerate(bind) if b in places)
+            return x.node, _windowed(root, root.params.x_dims)
+        if weight.is_drawn and places <= {*x.bind} and not places & {*view.bind}:
+            return x.node, frozenset(x.axes_at(places))
     return _averaged(root)
 
 
@@ -273,7 +260,7 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
 
 def _of_few(root: Conv, read: Channels, units: int) -> Channels:
     """Sums over a few channels, of one weight a tap and channel."""
-    group, taps = _group(root), math.prod(w.taps for w in root.params.windows)
+    group, taps = root.reads, math.prod(w.taps for w in root.params.windows)
     law = getattr(root.args[1].node, "transport", None)
     rng, (common, own) = np.random.default_rng(1), np.zeros((2, _OF_FEW, read.mean.shape[1]))
     for _ in range(group):

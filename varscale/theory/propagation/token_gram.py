@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import average, rest
+from varscale.theory.domain.axes import average, outer, rest
 from varscale.theory.domain.tables import LEADING_ORDER, Axes, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits, taps_of
 from varscale.theory.graph.expressions import Apply, Mean, Sum, alike, factors, roots
@@ -43,7 +43,7 @@ from varscale.theory.graph.nodes import Array, Constant, Node, View
 from varscale.theory.graph.normal_form import derivative
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.lognormal import weighted
-from varscale.theory.propagation.marginals import cofactors, concentrated, independent_factors
+from varscale.theory.propagation.marginals import cofactors, fluctuating, independent_factors
 from varscale.theory.propagation.sampler import evenly
 
 _MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other, and how often
@@ -157,15 +157,14 @@ def _own_overlaps(pairs: np.ndarray) -> np.ndarray:
 def patch_overlap(node: Conv) -> float:
     """V of what a convolution reads for each output: measured, where that is given; else as good as white."""
     groups, windows, dims, *_ = node.params
-    x = numbers(node.argument)
-    if groups > 1 or x is None:
+    if groups > 1 or (x := numbers(node.argument)) is None:
         return 1 / node.width
     x = by_dim(x, dims)
     x = x[evenly(x.shape[0], _MOST_OTHERS)]
     for d, window in enumerate(windows):
         k = 2 * d + 2
         at = hits(window, x.shape[k])[evenly(window.size_out, _MOST_OTHERS)]
-        x = x.take(at, axis=k) * (at >= 0).reshape(*[1] * k, *at.shape, *[1] * (x.ndim - k - 1))
+        x = np.append(x, 0 * x.take([0], axis=k), axis=k).take(at, axis=k)  # 0 where there is no position, −1
     rows = x.transpose([*range(0, x.ndim, 2), *range(1, x.ndim, 2)]).reshape(math.prod(x.shape[::2]), -1)
     return float(np.mean(_own_overlaps((rows @ rows.T)[None]) ** 2))
 
@@ -206,12 +205,12 @@ def mixture_of_sum(node: Node, x: Tokens) -> Mixture | None:
 def _made_of(x: Tokens) -> Mixture | None:
     """By the kind of node; None of what is as good as white."""
     node = x.node
-    if is_known_array(node) and not isinstance(node, Rearranged):
-        return Mixture(variance=covariance(x, x))
     match node:
         case Rearranged():  # some of the features, or of their factors, have more of their own than all
             inner = x.before()
             return Mixture([inner], [1.0], 1 / x.count - 1 / inner.count)
+        case _ if is_known_array(node):
+            return Mixture(variance=covariance(x, x))
         case Take():
             return _taken(x)
         case Mean() if x.features == (len(node.axes) - 1,) and (inner := tokens_averaged(node)):
@@ -282,11 +281,16 @@ def _taken(x: Tokens) -> Mixture:
 
 def _of_a_sum(x: Tokens, node: Sum) -> Mixture | None:
     """Branches of a stream: o = Σ w o_i, and what one has of another's direction."""
-    terms = [(c, y) for c, v in node.terms if all((y := tokens_of(v, *x[1:]))[1:])]
-    shares = np.array([c * c * max(own_part(y), 0.0) for c, y in terms])
+    terms = own_terms(node, x)
+    shares = np.array([own for _, own in terms])
     shares = shares / max(shares.sum(), 1e-300)
     own = (1 - float(shares @ shares)) / x.count
-    return Mixture([y for _, y in terms], shares.tolist(), own) if terms else None
+    return Mixture([y for y, _ in terms], shares.tolist(), own) if terms else None
+
+
+def own_terms(node: Sum, x: Tokens) -> list[tuple[Tokens, float]]:
+    """The tokens in each term of a sum of these, and the part of the sum's mean square that they have of their own."""
+    return [(y, c * c * max(own_part(y), 0.0)) for c, v in node.terms if all((y := tokens_of(v, *x[1:]))[1:])]
 
 
 def _of_a_function(x: Tokens, node: Apply) -> Mixture | None:
@@ -313,11 +317,8 @@ def _repeated(x: Tokens, node: Gather) -> Mixture | None:
     if not any(along):
         return None
     met = [axis.different if mine else axis.same for axis, mine in zip(axes, along, strict=True)]
-    alike = [
-        np.arange(a.classes) * (1 + mine * a.classes) + mine * a.classes
-        for a, mine in zip(axes, along, strict=True)
-    ]
-    weights = functools.reduce(np.multiply.outer, met) * means_by_type(1 - rates[np.ix_(*alike)], axes)
+    alike = [np.arange(1, a.classes + 1) * (1 + k * a.classes) - 1 for a, k in zip(axes, along, strict=True)]
+    weights = outer(met) * means_by_type(1 - rates[np.ix_(*alike)], axes)
     rates = np.clip(rates, 0, 1)
     whole = float((weights * (rates * (1 - rates) + (1 - rates) / x.count)).sum())
     return Mixture(variance=whole / max(float(weights.sum()), 1e-300))
@@ -349,9 +350,7 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
         return gain
     parts = independent_factors(node)
     # Functions of what varies from token to token, and not of a norm's scale or of known numbers alone.
-    varied = [
-        f for f in parts if not all(isinstance(r.node, Array) or concentrated(r.node) for r in roots(f.node))
-    ]
+    varied = [f for f in parts if any(not isinstance(r.node, Array) for r in fluctuating(roots(f.node)))]
     for f, g in itertools.combinations(varied, 2):
         if not f.node.deps & g.node.deps:
             continue

@@ -235,7 +235,7 @@ def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
     if len(here) == known:
         return False
     frame, (a, b), _ = align(_over_one_frame(x, y, (here, there), ((), ())))
-    apart = mean_of_product(a, b, tuple(frame)) - a.node.table.total_mean * b.node.table.total_mean
+    apart = mean_of_product(a, b, frame) - a.node.table.total_mean * b.node.table.total_mean
     return abs(apart) > NEGLIGIBLE * (a.node.table.variance * b.node.table.variance) ** 0.5
 
 
