@@ -54,7 +54,6 @@ def beside_draws(
 
 
 def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> Row:
-    """A predicted row with what was measured."""
     _, square, gradient = numbers.T
     new: dict[str, Any] = _agreement(square, row.second_moment, row.typical, row.error_bound)._asdict()
     if row.band is not None:
@@ -134,7 +133,7 @@ def _drawn_by(variables: Any, laws: Sequence[Any], key: Any) -> Any:
             return law.mean + deviation * jax.random.normal(key, law.shape, law.dtype)
         return law(key, leaf.shape, leaf.dtype) if callable(law) else jnp.asarray(law)
 
-    keys = jax.random.split(key, max(len(leaves), 1))
+    keys = jax.random.split(key, len(leaves))
     return jax.tree_util.tree_unflatten(tree, list(map(drawn, laws, leaves, keys)))
 
 
@@ -152,7 +151,7 @@ def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -
         raise ValueError("draws needs inputs of whole numbers as arrays: a ShapeDtypeStruct tells no range")
 
     def sample(key: Any) -> Inputs:
-        keys = dict(zip(described, jax.random.split(key, max(len(described), 1)), strict=False))
+        keys = dict(zip(described, jax.random.split(key, len(described)), strict=False))
         return join([_drawn_input(x, keys[i], tables) if i in keys else x for i, x in enumerate(arrays)])
 
     return sample

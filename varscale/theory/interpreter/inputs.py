@@ -103,7 +103,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         return interpreter.known(numbers)
     if numbers.ndim == 3 and min(shape) > 1:  # samples, places, features
         logs = np.log(np.mean(np.square(numbers), axis=-1) + 1e-300)
-        scatter = float(np.var(logs - logs.mean(axis=1, keepdims=True)))
+        scatter = np.var(logs - logs.mean(axis=1, keepdims=True))
         if scatter > _ALIKE_SCALES + 4 / shape[-1]:
             interpreter.regions.ask("", "given places that differ in scale")
     if len(shape) > 1 and shape[0] > 1:
@@ -156,14 +156,13 @@ def known(graph: Graph, const: Any, sources: Sequence[Node] = ()) -> Any:
     values = np.asarray(const)
     if values.dtype.kind == "c":
         return Complex(*(known(graph, part, sources) for part in (np.real(values), np.imag(values))))
-    squeezed, shape = np.squeeze(values), values.shape
-    if sources and values.dtype.kind not in "biu" and np.isfinite(values).all():
+    squeezed, shape, whole = np.squeeze(values), values.shape, values.dtype.kind in "biu"
+    if sources and not whole and np.isfinite(values).all():
         return value(arrays.computed(graph, squeezed, axes_of(shape), sources), shape)
     # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
     if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
         raise PredictionError("an array of the model contains NaN")
-    numbers = squeezed if values.dtype.kind in "biu" else squeezed.astype(np.float64)
-    return value(array(graph, numbers), shape)
+    return value(array(graph, squeezed if whole else squeezed.astype(np.float64)), shape)
 
 
 def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
@@ -234,9 +233,6 @@ def folded_node(name: str, extra: Any, frame: Axes, views: Sequence[View]) -> No
 
 def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
     """What an equation makes of numbers or keys."""
-    args = [
-        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype)
-        for x, v in zip(known, eqn.invars, strict=True)
-    ]
+    args = [x if is_key(x) else jnp.asarray(x, v.aval.dtype) for x, v in zip(known, eqn.invars, strict=True)]
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
         return _compat.evaluated(eqn, args)

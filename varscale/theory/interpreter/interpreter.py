@@ -1,15 +1,7 @@
 """The walk over a jaxpr: an environment of values, a rule a primitive, errors that name the source line.
 
-To teach it a primitive, register a rule: a function of the interpreter, the equation and its input values.
-
-    import varscale as vs
-    import numpy as np
-
-    @vs.theory.rule("softsign")
-    def softsign(interpreter, eqn, x):
-        return interpreter.elementwise("softsign", x)
-
-    vs.theory.FUNCTIONS["softsign"] = lambda x: x / (1 + np.abs(x))
+To teach it a primitive, register a rule (README.md): a function of the interpreter, the equation and its input values. An
+elementwise one returns `interpreter.elementwise(name, x)`, of the function `vs.theory.FUNCTIONS[name]`.
 """
 
 from collections.abc import Collection, Sequence
@@ -71,7 +63,7 @@ class Interpreter:
         self.steps = self.steps if step is None else [*self.steps, step]
         try:
             if place is not None and place.loops == len(self.steps):
-                self._watched(live_equations(jaxpr), jaxpr.outvars, env, place)
+                self._watched(jaxpr, env, place)
             else:  # inside a loop that is not over layers
                 self.place = None
                 for eqn in live_equations(jaxpr):
@@ -87,11 +79,9 @@ class Interpreter:
             outs = [placeholder(self, v.aval) for v in eqn.outvars]
         env.update(zip(eqn.outvars, outs, strict=True))
 
-    def _watched(
-        self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any], place: Place
-    ) -> None:
+    def _watched(self, jaxpr: Any, env: dict[Any, Any], place: Place) -> None:
         """The equations in turn, keeping rows of what they make."""
-        rows, regions = place.rows, self.regions
+        rows, regions, eqns, outputs = place.rows, self.regions, live_equations(jaxpr), jaxpr.outvars
         rows.entered += 1
         ended = ends(eqns, outputs, place.path, place.piece) if rows.scopes else {}
         for eqn in eqns:  # no rule covers derivatives inside the model
@@ -183,11 +173,9 @@ class Interpreter:
             node.mark("assumed", UNKNOWN)
         return Value(node, layout if node.axes else renumbered(layout, {}))
 
-    def leaf(
-        self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
-    ) -> Value:
+    def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, **law: Any) -> Value:
         """A new random tensor with independent entries."""
-        return value(leaf(self.graph, name, axes_of(shape), mean, second_moment, odd=odd, **law), shape)
+        return value(leaf(self.graph, name, axes_of(shape), mean, second_moment, **law), shape)
 
 
 # Complex numbers pass through these as they are.

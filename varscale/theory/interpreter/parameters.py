@@ -19,7 +19,7 @@ from varscale.initialization.laws import laid
 from varscale.initialization.laws import name as law_name
 from varscale.programs.pieces import PIECE, is_key
 from varscale.report import Weight
-from varscale.theory.domain.axes import Axis, axes_of
+from varscale.theory.domain.axes import Axes, axes_of
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
@@ -225,7 +225,6 @@ def is_function(x: Any) -> bool:
 
 
 def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
-    """One parameter, given."""
     shape = tuple(struct.shape)
     axes = axes_of(shape)
 
@@ -272,7 +271,7 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
 _FALSE_MEAN, _FALSE_CORRELATION = 6e-5, 6e-7
 
 
-def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
+def measured_law(numbers: np.ndarray, axes: Axes) -> Table:
     """The table of a real weight array; correlations and a mean within their own sampling error are no news, and are zero."""
     table = estimate(numbers, axes)
     square, error = table.mean_square, np.sqrt(numbers.var() / numbers.size)

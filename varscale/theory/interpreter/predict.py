@@ -42,8 +42,6 @@ from varscale.theory.interpreter.rows import (
 from varscale.theory.rules.registry import live_equations
 from varscale.usage.parameters import named_leaves, uses_in
 
-_DETAILS = ("modules", "equations")
-
 
 def predict(
     model: Any,
@@ -93,8 +91,8 @@ def predict(
     >>> [(row.path, round(row.second_moment, 2)) for row in report.rows]
     [('layers_0', 2.0), ('layers_2', 1.0), ('', 1.0)]
     """
-    if isinstance(detail, str) and detail not in _DETAILS:
-        raise ValueError(f"detail must be one of {', '.join(map(repr, _DETAILS))}, not {detail!r}")
+    if isinstance(detail, str) and detail not in ("modules", "equations"):
+        raise ValueError(f"detail must be one of 'modules', 'equations', not {detail!r}")
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
         raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
     given = faces.as_inputs(x)
@@ -254,34 +252,25 @@ def _predicted(
         gradients = gradients_of(interpreter, found, taps) if backward else {}
         return with_gradients(summarize(interpreter, program, found, weights(laws, uses)), gradients)
 
-    first = _settled(interpreter, walk, report)
+    def settled(report: Callable[[list[Made]], Report]) -> Report:
+        """The report of the first walk that asks for no further region: each is added, or refused, once."""
+        while True:
+            try:
+                found = walk()
+                made = None if interpreter.regions.changed else report(found)
+                if not interpreter.regions.again() and made is not None:
+                    return made
+            except Exception as error:
+                interpreter.ask_for(error)
+                if not interpreter.regions.again():  # else it met a placeholder, or what will now be drawn
+                    if interpreter.graph.undrawn:
+                        raise error if isinstance(error, PredictionError) else located(error) from error
+                    interpreter.graph.undrawn = True
+
+    first = settled(report)
     first = dataclasses.replace(first, notes=interpreter.regions.note)
-    interpreter.apart = {
-        x.path for x in first.rows if x.gradient is None and x.path in taps and taps[x.path].readers
-    }
+    without = (x.path for x in first.rows if x.gradient is None and x.path in taps)
+    interpreter.apart = {path for path in without if taps[path].readers}
     if not interpreter.apart:
         return first
-    return _settled(
-        interpreter, walk, lambda found: with_gradients(first, gradients_of(interpreter, found, taps))
-    )
-
-
-def _settled(
-    interpreter: Interpreter, walk: Callable[[], list[Made]], report: Callable[[list[Made]], Report]
-) -> Report:
-    """The report of the first walk that asks for no further region.
-
-    A region is added, or refused, once, so there is one.
-    """
-    while True:
-        try:
-            found = walk()
-            made = None if interpreter.regions.changed else report(found)
-            if not interpreter.regions.again() and made is not None:
-                return made
-        except Exception as error:
-            interpreter.ask_for(error)
-            if not interpreter.regions.again():  # else it met a placeholder, or what will now be drawn
-                if interpreter.graph.undrawn:
-                    raise error if isinstance(error, PredictionError) else located(error) from error
-                interpreter.graph.undrawn = True
+    return settled(lambda found: with_gradients(first, gradients_of(interpreter, found, taps)))

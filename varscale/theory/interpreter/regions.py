@@ -128,7 +128,7 @@ def _keys(eqns: Sequence[Any]) -> list[Any]:
     for eqn in eqns:
         if all(is_key(v) for v in eqn.outvars) and inside.isdisjoint(map(id, eqn.invars)):
             found.append(eqn)
-            inside -= set(map(id, eqn.outvars))
+            inside.difference_update(map(id, eqn.outvars))
     return found
 
 
@@ -172,8 +172,6 @@ class _Marked:
 
 @dataclasses.dataclass(eq=False)
 class _Evaluation:
-    """One evaluation of a region's equations."""
-
     given: Iterator[Any]  # what is added to outputs
     parameters: list[Any]  # the operands that are parameters
     nudged: list[Any] = dataclasses.field(default_factory=list)  # the arrays that it was added to, after that
@@ -197,9 +195,8 @@ class _Evaluation:
                 self.rows.append((path, self.steps, field, outs[0]))
             else:
                 outs = _compat.evaluated(eqn, ins)
-            env.update(
-                (v, self._nudged(x) if v in outvars else x) for v, x in zip(eqn.outvars, outs, strict=True)
-            )
+            pairs = zip(eqn.outvars, outs, strict=True)
+            env.update((v, self._nudged(x) if v in outvars else x) for v, x in pairs)
 
     def _called(self, jaxpr: Any, args: Sequence[Any], piece: str) -> list[Any]:
         jaxpr, consts = _compat.sub_jaxpr(jaxpr)

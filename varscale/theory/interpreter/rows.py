@@ -14,7 +14,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 from scipy import special
 
 from varscale import _compat
@@ -23,8 +22,8 @@ from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE, live
 from varscale.programs.scopes import is_floating, opened, whole_path
 from varscale.report import How, Report, Row, Weight
-from varscale.theory.domain.axes import average, equal
-from varscale.theory.domain.tables import NEXT_ORDER
+from varscale.theory.domain.axes import average
+from varscale.theory.domain.tables import NEXT_ORDER, independent
 from varscale.theory.graph.expressions import scale_and_shift
 from varscale.theory.graph.layout import Value, axes_along
 from varscale.theory.graph.nodes import Node
@@ -188,7 +187,6 @@ def _tap(taps: dict[Any, Tap], atom: Any) -> Tap:
 
 
 def _tapped(eqns: Sequence[Any], taps: dict[Any, Tap]) -> None:
-    """Follow arrays through marks and calls."""
     for eqn in eqns:
         ins, name = [_tap(taps, v) for v in eqn.invars], eqn.primitive.name
         called = _compat.sub_jaxpr(sub_jaxpr_of(eqn))[0] if name in CALLS else None
@@ -272,7 +270,7 @@ def of_one_draw(node: Node) -> OneDraw:
     """The law of a node's mean square over initializations."""
     spread = fluctuations(node)
     second = float(node.table.mean_square * (1 + spread.shift))
-    variance = float(min(spread.variance, _WIDEST_BAND))
+    variance = min(spread.variance, _WIDEST_BAND)
     skew = min(max(spread.skew, -(variance**1.5)), variance**1.5)
     typical = second * math.exp(-variance / 2 - skew / 6)
     down = reach = _BAND * math.sqrt(variance) + _ROUNDING
@@ -308,16 +306,10 @@ def gradients_of(
     Rows whose array is read elsewhere, too, itself or what it is a scaled copy of, have one where they are nodes of their own.
     """
     arrays = _arrays(interpreter, made)
-    copies = {
-        k: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for k, x in arrays.items()
-    }
+    copies = {k: math.prod(n for dim in x.dims for n, axis in dim if axis is None) for k, x in arrays.items()}
     outputs = [path for path in arrays if path[:1] in ("", "[")] or list(arrays)[-1:]
-    seeds = []
-    for path in outputs:
-        node = arrays[path].node
-        second = np.zeros(node.frame_types)
-        second[equal(node.axes)] = copies[path]
-        seeds.append((node, second))
+    ends = [(arrays[path].node, copies[path]) for path in outputs]
+    seeds = [(node, independent(0.0, count, node.axes).second) for node, count in ends]
     read = {path: taps[path] for path in arrays.keys() & taps.keys() if taps[path].readers}
     held = collections.defaultdict(list)
     for path, tap in read.items():
@@ -328,9 +320,8 @@ def gradients_of(
         if (node := arrays[path].node).primitive != "row"
         and not tap.reads_all(scale_and_shift(node.whole).of.node is not node, held[arrays[path]])
     }
-    found = cotangents(
-        seeds, [x.node for x in arrays.values()], [arrays[path].node for path in read.keys() - parts]
-    )
+    whole = [arrays[path].node for path in read.keys() - parts]
+    found = cotangents(seeds, [x.node for x in arrays.values()], whole)
     near, useless = sum(x.lost > _MUCH for x in found.values()), sum(x.doubt > 1 for x in found.values())
     if near > _MANY * len(found) or useless > max(3 * _MANY * len(found), 4):
         interpreter.regions.ask("", "gradients in doubt")

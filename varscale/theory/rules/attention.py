@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import average, contract_axis, full_along, over_classes
+from varscale.theory.domain.axes import average, contract_axes, contract_axis, full_along, over_classes, rest
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
@@ -220,11 +220,11 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
 def alike_keys(weights: View, values: View) -> bool:
     """Whether values at keys of one class are as good as one: mask tokens, say, which are one row repeated."""
     node, place = values.node, weights.bind[weights.node.params]
-    k = values.bind.index(place) if place in values.bind else 0
-    second, axis = node.table.second, node.axes[k]
-    for j in (j for j in reversed(range(len(node.axes))) if j != k):
-        second = contract_axis(second, j, node.axes[j].same)
-    second = second.ravel() - second.ravel() @ axis.different
+    if place not in values.bind:
+        return False
+    axis = node.axes[k := values.bind.index(place)]
+    second = contract_axes(node.table.second, {j: node.axes[j].same for j in rest(node.axes, [k])})
+    second = second - second @ axis.different
     own, pairs = second[: axis.classes], second[axis.classes :: axis.classes + 1]
     alike = (axis.counts > 1) & (pairs > _AS_ONE * np.maximum(own, 1e-300))
-    return place in values.bind and axis.classes > 1 and bool(np.any(alike))
+    return axis.classes > 1 and bool(np.any(alike))

@@ -34,7 +34,6 @@ _MANY_PARTS = 24  # parts above which they are drawn with what they are joined f
 # By leaf: along which axis it is sliced; it and what scales it entrywise, if weights only read in slices.
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
-
 MOVES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "tile")
 
 
@@ -50,9 +49,9 @@ def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
         case "rev":  # each position meets another one of the array it was made from
             return reduce(lambda x, d: take(x, d, x.shape[d] - 1, None, -1), p["dimensions"], x)
         case "slice":
-            starts, stops, steps = p["start_indices"], p["limit_indices"], p["strides"] or itertools.repeat(1)
-            spans = enumerate(zip(starts, stops, steps, strict=False))
-            return reduce(lambda x, span: take(x, span[0], *span[1]), spans, x)
+            ends, steps = (p["start_indices"], p["limit_indices"]), p["strides"] or itertools.repeat(1)
+            spans = zip(itertools.count(), *ends, steps, strict=False)
+            return reduce(lambda x, span: take(x, *span), spans, x)
         case "tile":  # a leading factor of the dimension along which nothing changes
             copies = zip(p["reps"], x.dims, strict=True)
             return Value(x.node, tuple((Atom(n, None), *dim) if n > 1 else dim for n, dim in copies))
@@ -240,10 +239,8 @@ def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Axes, k: int) 
         # Positions of unlike axes never agree: a last axis for each, of which pairs of classes count.
         last = len(axes) - 1
         frame = (*replaced(axes, k), mine.inner, theirs.inner)
-        x, y = (
-            View(v.node, tuple(last + i if p == k else p - (p > k) for p in v.bind))
-            for i, v in enumerate((a, b))
-        )
+        place = {p: p - (p > k) for p in range(last + 1)}
+        x, y = (v.within(place | {k: last + i}) for i, v in enumerate((a, b)))
         # Each axis is one array's alone, and what counts along it is that array's class.
         table = full_types(cross(x, y, frame), frame)[..., : mine.inner.classes, : theirs.inner.classes]
         members = (where.means() * where.out.counts[:, None] for where in (mine, theirs))
@@ -267,11 +264,8 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Axes) -> np.n
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Of each part the slice of the cotangent."""
     (k, sizes), axes = node.params, node.axes
-    back = (
-        sum_out(carried_back(cotangent, k, at), replaced(axes, k, at.inner), v)
-        for v, at in _parts(node.args, sizes, axes, k)
-    )
-    return list(back)
+    parts = _parts(node.args, sizes, axes, k)
+    return [sum_out(carried_back(cotangent, k, at), replaced(axes, k, at.inner), v) for v, at in parts]
 
 
 def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:

@@ -84,8 +84,8 @@ def scatter_of_conv(node: Conv) -> np.ndarray | None:
     meeting, same = outer(lines), outer(axis.agrees for axis in node.axes)
     # The part of the input's mean square that is not common to all places.
     kinds = {k: axis.different if k in xd[2:] else axis.same for k, axis in enumerate(x.axes)}
-    common = float(contract_axes(x.table.second, kinds)) / x.table.divisor
-    own = float(np.clip(1 - common, 0.0, 1.0)) if any(k is not None for k in xd[2:]) else 1.0
+    common = contract_axes(x.table.second, kinds) / x.table.divisor
+    own = np.clip(1 - common, 0.0, 1.0) if any(k is not None for k in xd[2:]) else 1.0
     met = meeting * (1 + excess_kurtosis(x) / 2) * own**2
     return np.where(same, 0.0, met / (taps * (node.width + weights.kurtosis - 1)))
 
@@ -134,7 +134,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
         params, kind, args = partial(WindowSumParams, (None, None, *windows), xd), WindowSum, [x]
         features = channels
     out = [batch, features, *map(output_axis, windows, places)]
-    made = transpose(_window_node(args, kind, out, params), [out_spec.index(d) for d in range(len(out))])
+    made = transpose(_window_node(args, kind, out, params), np.argsort(out_spec).tolist())
     return Value(affine(made.node, cx * cw, 0.0), made.dims)
 
 
@@ -226,7 +226,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 y = y[at].max(axis=d, keepdims=True)
         return float(y.mean()), float((y**2).mean())
 
-    cells = itertools.product(*([round(float(n)) for n in own] for own in counts))
+    cells = itertools.product(*(map(round, own) for own in counts))
     law = np.array(list(map(moments, cells))).T.reshape(2, *map(len, counts))
     mean, square = (by_axis(own, node.params.out_dims) for own in law)
     return mean * np.sqrt(squares), square * squares
@@ -245,7 +245,7 @@ def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: Backwa
     overlaps = (w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in windows if w is not None)
     shared = outer(np.maximum(overlap, 0) for overlap in overlaps)
     shared = shared[(shared > 0) & (shared < taps)]
-    both = float((shared / (2 * taps - shared)).sum() / max(shared.sum(), 1))
+    both = (shared / (2 * taps - shared)).sum() / max(shared.sum(), 1)
     out = spread / taps**2
     out[diagonal] = own[diagonal] / taps + (spread - own)[diagonal] * both
     return [out]

@@ -234,7 +234,7 @@ def selected_by_extreme(node: Extreme | WindowMax) -> View | None:
         sizes, sign = outer((hits(w, a.size) >= 0).sum(axis=1) for w, a in read if w is not None), 1.0
     live, read = [r for r in roots(x) if not concentrated(r.node)], x.whole
     if len(live) == 1 and len(live[0].bind) == len(x.axes):
-        slope = float(np.mean(along(x.whole, x.axes, *live) @ (WEIGHTS * Z)))
+        slope = np.mean(along(x.whole, x.axes, *live) @ (WEIGHTS * Z))
         if slope**2 > x.table.variance / 2:
             read, sign = live[0], math.copysign(sign, sign * slope)
     (y, bind), scale = read, sign / math.sqrt(read.node.table.variance)
@@ -246,7 +246,7 @@ def selected_by_extreme(node: Extreme | WindowMax) -> View | None:
 @once_per_node
 def fewest_terms(node: Node) -> float:
     """The smallest fan-in of the products with weights on the way to a node."""
-    own = math.inf if weight_of(node) is None or node.width is None else float(node.width)
+    own = math.inf if weight_of(node) is None or node.width is None else node.width
     return min([own, *(fewest_terms(view.node) for view in node.args)])
 
 

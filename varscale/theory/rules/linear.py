@@ -169,8 +169,7 @@ def _operand(interpreter: Context, x: Value) -> Value:
     for known, bind in own:
         for k, place in enumerate(bind if isinstance(known, Array) and len(bind) > 1 else ()):
             axes[place] = join(axes[place], by_energy(known, k))
-    finer = affordable(tuple(axes))
-    return x if finer == x.node.axes else Value(_classed_over(x.node, finer), x.dims)
+    return Value(_classed_over(x.node, affordable(tuple(axes))), x.dims)
 
 
 @once_per_node
@@ -178,7 +177,7 @@ def by_energy(node: Array, k: int) -> Axis:
     """Axis k of known numbers, its positions classed by the sum of squares and the square of the sum along the others."""
     rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
     signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
-    signatures /= max(float(signatures[:, 0].mean()), 1e-300)
+    signatures /= max(signatures[:, 0].mean(), 1e-300)
     return node.axes[k] if np.ptp(signatures, axis=0).max() < NEGLIGIBLE else grouped(signatures)
 
 
@@ -222,8 +221,7 @@ def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
 
     They are where entries at equal positions are correlated: queries and keys made by parts of one packed kernel are not.
     """
-    read = [unmoved(v.node) for v in (x, y)]
-    weights = any(node.is_drawn and node.odd for node in read)
+    weights = any(node.is_drawn and node.odd for node in map(unmoved, (x.node, y.node)))
     if weights or not dependent(x.node, y.node) or any(isinstance(v.node, Softmax) for v in (x, y)):
         return False
     here, there = ([*b, *c] for b, c in zip(batch, contracted, strict=True))

@@ -70,7 +70,7 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     parts = pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1)
     same, other = (np.tensordot(part, cotangent, axes=len(index_axes)) for part in parts)
     picked = sorted(row_axes)  # come first, then the others in the order of this node's axes
-    kept = sorted(set(range(len(bind))) - set(picked), key=bind.__getitem__)
+    kept = sorted(rest(bind, picked), key=bind.__getitem__)
     own = outer(source.axes[k].agrees for k in picked)
     out = np.multiply.outer(own, same) + np.multiply.outer(1 - own, other)
     return [out.transpose(np.argsort([*picked, *kept]))]
@@ -109,28 +109,23 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Value:
     cut = {k for k, (size, n) in enumerate(zip(sizes, x.shape, strict=True)) if size < n}
     if not cut <= set(picked) == set(d.collapsed_slice_dims) or d.operand_batching_dims:
         raise NotImplementedError("entries are looked up one by one")
-    return rows_by_index(interpreter, x, ids, picked, d.offset_dims, shape)
+    return rows_by_index(interpreter, x, ids, picked, d.offset_dims)
 
 
 def rows_by_index(
-    interpreter: Context,
-    x: Value,
-    ids: Value,
-    picked: Sequence[int],
-    offsets: Sequence[int],
-    shape: Sequence[int],
+    interpreter: Context, x: Value, ids: Value, picked: Sequence[int], offsets: Sequence[int]
 ) -> Value:
     """Rows of a table x along dimensions `picked`, by the indices' last; its others are at `offsets` of the result's shape."""
     graph, known, count = interpreter.graph, interpreter.concrete(ids), len(picked)
     x = layout.transpose(x, [*picked, *rest(x.dims, picked)])
-    x, batch = layout.separated(x), rest(shape, offsets)
-    order, sizes, rows = np.argsort([*batch, *offsets]).tolist(), [shape[d] for d in batch], x.shape[:count]
+    x, sizes, rows = layout.separated(x), ids.shape[:-1], x.shape[:count]
+    order = np.argsort([*rest(range(len(sizes) + len(offsets)), offsets), *offsets]).tolist()
     cut = x.dims[:count], x.dims[count:]
     row_axes, kept = map(layout.axes_along, cut)
     if known is None:
-        own = layout.axes_along(ids.dims[: len(batch)])
+        own = layout.axes_along(ids.dims[:-1])
         axes, rates, which = [Axis(ids.node.axes[k].size) for k in own], None, ids.node
-        lines = layout.renumbered(ids.dims[: len(batch)], {k: i for i, k in enumerate(own)})
+        lines = layout.renumbered(ids.dims[:-1], {k: i for i, k in enumerate(own)})
         while len(inner := roots(which)) == 1 and inner[0].node is not which:
             which = inner[0].node  # behind the wrap-around of negative ones
     else:
@@ -197,8 +192,8 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> 
     if layout.axes_along([x.dims[d]]):
         return None
     left = replaced(shape, d)
-    ids = layout.broadcast_in_dim(Value(x.node, replaced(x.dims, d)), left, range(len(left)))
-    found = rows_by_index(interpreter, interpreter.known(np.eye(shape[d])), ids, (0,), (d,), shape)
+    ids = layout.broadcast_in_dim(Value(x.node, replaced(x.dims, d)), (*left, 1), range(len(left)))
+    found = rows_by_index(interpreter, interpreter.known(np.eye(shape[d])), ids, (0,), (d,))
     found.node.drawn = (special.ndtr(Z) >= 1 - 1 / shape[d]).astype(float)  # one or nothing
     return found
 
@@ -220,7 +215,7 @@ def padding_mask(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "ro
         others, each_its_own = turned[~runs], 2 * runs.sum() < repeated[repeated > 1].sum()
         if each_its_own or runs.sum(axis=1).max() < 2 or len(np.unique(others)) < 2:
             continue  # positions that stand still, say
-        q = max(float(np.mean(others == values[most])), 1 / len(np.unique(ids)))
+        q = max(np.mean(others == values[most]), 1 / len(np.unique(ids)))
         mean, deviation = len(ids) * q / (1 - q), math.sqrt(len(ids) * q) / (1 - q)
         if runs.sum() > mean + _CHANCE * deviation + 1:
             return runs[:, ::step]

@@ -73,9 +73,7 @@ def _above(known: Array, level: float, above: bool = True) -> Node:
 
 
 @once_per_node
-def keys_seen(
-    mask: Array, bind: tuple[int, ...], axes: tuple[Axis, ...], key: int
-) -> tuple[np.ndarray, np.ndarray]:
+def keys_seen(mask: Array, bind: tuple[int, ...], axes: Axes, key: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys that a row sees, by class of both; keys that two rows share, by type and class. 1/n is averaged within a class."""
     left, across = [b for b in bind if b != key], View(mask, bind).axes_at([key])
     members = mask.values.sum(axis=across) * (1 if across else axes[key].size)
@@ -85,7 +83,7 @@ def keys_seen(
         np.moveaxis(lift(x.mean, x.axes, at, axes, pairs=False), key, -1)
         for x, at in ((table, bind), (inverse, left))
     )
-    whole = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, once.shape)) * number
+    whole = np.broadcast_arrays(seen, once)[0] * number
     shared = np.moveaxis(lift(table.second, table.axes, bind, axes, pairs=True), key, -1)
     share = seen * number / np.maximum(once * whole.sum(-1, keepdims=True), 1e-300)
     return share, shared[..., : len(number)] * number
@@ -115,7 +113,7 @@ def rows_filled(mask: Array, bind: tuple[int, ...], key: int) -> list[View]:
     return [View(node, at if node.axes else ()) for node, at in made]
 
 
-def row_classes(frame: tuple[Axis, ...], random: View, allowed: View, key: int) -> tuple[Axis, ...]:
+def row_classes(frame: Axes, random: View, allowed: View, key: int) -> Axes:
     """Axes with rows classed evenly in the logarithm of how many keys they see, as finely as the next layer's scores allow."""
     left = [b for b in allowed.bind if b != key]
     summed = [v.node.params for _, v in weighted_sum(random)[0] if isinstance(v.node, Contract)]

@@ -19,7 +19,6 @@ from scipy import special
 from varscale.programs.pieces import is_key
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import NEGLIGIBLE
-from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, axes_along, merged
 from varscale.theory.graph.nodes import Array, Leaf, Node
 from varscale.theory.integrals.primitives import COMPARISONS
@@ -94,9 +93,8 @@ _COMBINED = {"convert", "and", "or", "not", "min", "max"}
 
 def _is_decided(node: Node) -> bool:
     """Whether it is known, comparisons of real numbers, or logic of such: as good as what is compared when it is drawn."""
-    name = node.params[0] if isinstance(node, Apply) else None
-    combined = name in _COMBINED and all(_is_decided(view.node) for view in node.args)
-    return combined or name in COMPARISONS or node.is_literal
+    combined = node.primitive in _COMBINED and all(_is_decided(view.node) for view in node.args)
+    return combined or node.primitive in COMPARISONS or node.is_literal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -225,10 +223,10 @@ def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
 def relative_error(draws: np.ndarray) -> float:
     """How far the mean square of independent draws may be off by chance: a t-quantile at 1e-4 of their logarithms."""
     squares = np.mean(np.square(np.abs(draws), dtype=float).reshape(len(draws), -1), axis=1)
-    n, relative = len(squares), squares / max(float(squares.mean()), 1e-300)
+    n, relative = len(squares), squares / max(squares.mean(), 1e-300)
     logarithms = np.log(np.maximum(relative, 1e-12))
-    scatter = max(float(relative.std()), float(logarithms.std()) if squares.any() else 0.0)
-    return float(special.stdtrit(n - 1, 1 - _TAIL / 2)) * scatter / math.sqrt(n - 1)
+    scatter = max(relative.std(), logarithms.std() if squares.any() else 0.0)
+    return float(special.stdtrit(n - 1, 1 - _TAIL / 2) * scatter) / math.sqrt(n - 1)
 
 
 def _numbers(x: Any) -> np.ndarray:

@@ -139,7 +139,6 @@ def _all_sizes(eqn: Any) -> list[int]:
 
 
 def _summed_sizes(eqn: Any) -> list[int]:
-    """The sizes of the axes that a sum is over."""
     return [eqn.invars[0].aval.shape[k] for k in eqn.params["axes"]]
 
 

@@ -58,7 +58,7 @@ class Opaque:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.key.shape)
+        return self.key.shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -104,7 +104,7 @@ def second_moments_of_region(node: RegionOutput) -> Table:
         line = np.sort(own.ravel()[evenly(own.size, _MOST_IN_ORDER)])
         drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
         # The grid ends where the draws do: what their tails lack is made up for by the rest.
-        square = max(float(np.mean(np.square(own, dtype=float))), 1e-300)
+        square = max(np.mean(np.square(own, dtype=float)), 1e-300)
         node.drawn[cell] = drawn / math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / square)
     return table
 
@@ -305,9 +305,8 @@ def _by_place(squares: np.ndarray, k: int, size: int, time: bool) -> Axis:
     levels = squares.mean(axis=tuple(1 + j for j in range(squares.ndim - 1) if j != k))
     logs = np.log(np.maximum(levels, 1e-150))
     chance = SCORES * (logs - logs.mean(axis=1, keepdims=True)).var(axis=0).mean() / (len(logs) - 1)
-    differ = (
-        levels.shape[1] == size and k + 2 < squares.ndim and logs.mean(axis=0).var() > max(chance, NEXT_ORDER)
-    )
+    beyond_chance = logs.mean(axis=0).var() > max(chance, NEXT_ORDER)
+    differ = levels.shape[1] == size and k + 2 < squares.ndim and beyond_chance
     return by_level(levels.mean(axis=0)[:, None]) if time or differ else Axis(size)
 
 

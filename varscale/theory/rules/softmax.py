@@ -11,7 +11,6 @@ from varscale.theory.domain.axes import equal, outer, rest
 from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEGLIGIBLE, NEXT_ORDER, Table, by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, weighted_sum
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows, once_per_node
@@ -209,18 +208,14 @@ def _mean_of_powers(node: Node) -> tuple[float, Mean] | None:
         elif not (name == "abs" and node.argument.positive):
             return None
         node = node.argument
-    if not isinstance(node, Mean) or not isinstance(powers := node.argument, Apply):
-        return None
-    return (scale, node) if powers.params[0] == "exp" else None
+    return (scale, node) if isinstance(node, Mean) and node.argument.primitive == "exp" else None
 
 
 @recognise("div")
 def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     """exp(x − max) / Σ exp(x − max), if that is what this division is."""
     num, (scale, mean) = top.node, _mean_of_powers(bottom.node) or (0.0, None)
-    if mean is None or mean.argument is not num:
-        return None
-    if abs(scale - num.count(mean.params)) > 1e-6:
+    if mean is None or mean.argument is not num or abs(scale - num.count(mean.params)) > 1e-6:
         return None
     random, allowed = logits(num.args[0], num.axes)
     if random is None:
@@ -259,9 +254,6 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
 
 def _is_nearly_gaussian(node: Node) -> bool:
     """Whether logits are sums of products, or a function of one normal that is as good as linear (a soft cap, far out)."""
-    terms = node.args if isinstance(node, Sum) else [node.whole]
-    if all(isinstance(view.node, Contract | Array) for view in terms):
-        return True
     live = fluctuating(roots(node))
     if isinstance(node, Apply):
         line = along(node.whole, node.axes, *live) if len(live) == 1 else np.zeros(len(Z))
