@@ -38,6 +38,7 @@ class Apply(Node):
     def prepare(self) -> None:
         (name, extra), nodes = self.params, [view.node for view in self.args]
         self.primitive, x, y, symmetric = name, nodes[0], nodes[-1], self.graph.symmetric
+        self.is_square = self.params == ("integer_pow", (2,))
         match name:
             case "mul" | "div":
                 self.odd = (x.odd & y.unseen) | (y.odd & x.unseen if name == "mul" else 0)

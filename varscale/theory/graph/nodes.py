@@ -73,6 +73,7 @@ class Node(Marked):
     """
 
     primitive = ""  # of an elementwise node, its name
+    is_square = False  # x² of one
     how = "exact"  # how good its rule is where nothing is marked, one of `HOWS`
     entrywise = False  # each entry is made of one entry of every argument: what moves entries moves theirs
     moves = False  # its entries are entries of its one argument, some perhaps left out

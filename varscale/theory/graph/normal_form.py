@@ -161,7 +161,7 @@ def _is_variance(node: Sum) -> bool:
         return False
     plus, minus = (node.args[i] for i in np.argsort(node.params)[::-1])
     squares = plus.node.argument if isinstance(plus.node, Mean) else plus.node
-    if not all(x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
+    if not (squares.is_square and minus.node.is_square):
         return False
     scale, shift, mean = scale_and_shift(minus.node.args[0].within(minus.bind))
     own = mean_node(_scaled(squares.args[0], squares.axes), plus.node.params)

@@ -130,7 +130,7 @@ def mark_average(f: Sequence[View], scale: View, frame: Axes) -> None:
         sizes = [np.abs(evaluate(x, frame, env)).reshape(-1, 2).max(axis=0) for x in of_scale]
         up, down = np.log(np.maximum(np.prod(sizes, axis=0) ** 2, 1e-300))
         power = float(up - down) / (2 * NEGLIGIBLE)
-    of_squares = scale.node.averages and scale.node.argument.params == ("integer_pow", (2,))
+    of_squares = scale.node.averages and scale.node.argument.is_square
     if not ((of_squares or scale.node.is_variance) and abs(power + 1) < _NORM):
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
@@ -238,7 +238,7 @@ def _not_forgotten(main: View, *scales: View) -> float:
         opened = {x for node in read if isinstance(node, Sum) for x in node.sources}
         if main.node not in read and not whole & (read | opened):
             out += doubt_of(main.node) + doubt_of(scale) / 2
-        elif inner.params == ("integer_pow", (2,)) and (scale.is_variance or inner.argument is main.node):
+        elif inner.is_square and (scale.is_variance or inner.argument is main.node):
             out += abs(main.node.table.mean_square / max(scale.table.total_mean, 1e-300) - 1)
     return min(out, UNKNOWN)
 

@@ -128,7 +128,7 @@ def _sampled(node: Node) -> dict[Hashable, float]:
 @propagated.register
 def propagated_of_average(node: Mean | WindowSum) -> Spread:
     inner = node.argument
-    if node.averages and inner.params == ("integer_pow", (2,)):
+    if node.averages and inner.is_square:
         below, units = inherited(inner.argument), (len(inner.axes) - 1,)
         # With s the scale of one place, E[s²] in a mean over its units; over other places what all share.
         places = below.places if node.params == units else below.sources

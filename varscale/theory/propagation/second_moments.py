@@ -157,7 +157,7 @@ def _in_closed_form(xs: Sequence[View], root: View, frame: Axes) -> tuple[np.nda
     if xs == [root]:
         return root.mean(frame), root.second(frame)
     (node, bind), table = xs[0], root.node.table
-    square = len(xs) == 1 and node.params == ("integer_pow", (2,))
+    square = len(xs) == 1 and node.is_square
     if not square or node.args[0].within(bind) != root or not marginal(root.node).gaussian:
         return None
     pairs = means_by_type(table.diagonal, table.axes) + 2 * table.covariance * (table.second + table.outer)

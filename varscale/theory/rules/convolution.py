@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, outer, rest
+from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, outer
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, pair_counts
 from varscale.theory.domain.tables import Table, means_by_type, table_over
 from varscale.theory.graph.convolutions import (
@@ -111,11 +111,10 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
     if p["batch_group_count"] != 1 or w.node.deps & interpreter.graph.inputs:
         raise NotImplementedError("its kernel is no weight")
     outputs, taps = [aval.shape[d] for d in out_spec[2:]], [w.shape[d] for d in w_spec[2:]]
-    if math.prod(taps) == p["feature_group_count"] == 1 and outputs == [x.shape[d] for d in in_spec[2:]]:
-        free, line = rest(x.dims, in_spec[1:2]), Value(w.node, tuple(w.dims[d] for d in w_spec[:2]))
-        found = product(interpreter, x, line, (in_spec[1:2], (1,)))
-        places = {d: free.index(k) for d, k in zip(out_spec, in_spec, strict=True) if k in free}
-        return transpose(found, [places.get(d, len(free)) for d in range(len(out_spec))])
+    same = in_spec == out_spec and outputs == [x.shape[d] for d in in_spec[2:]]
+    if same and in_spec[1] == len(outputs) + 1 and p["feature_group_count"] == math.prod(taps) == 1:
+        matrix = Value(w.node, (w.dims[w_spec[1]], w.dims[w_spec[0]]))  # channels are last
+        return product(interpreter, x, matrix, (in_spec[1:2], (0,)))
     (cx, x), (cw, w) = without_factor(x), without_factor(w)
     kernel, x, w, groups = interpreter.concrete(w), separated(x), separated(w), p["feature_group_count"]
     known = kernel is not None and math.prod(taps) > 1 and groups == w.shape[w_spec[0]]
