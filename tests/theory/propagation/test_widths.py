@@ -18,7 +18,7 @@ from scipy import stats
 
 import varscale as vs
 from experiments.benchmarks.architectures import MLP
-from varscale.theory.integrals.lognormal import LOG_SCALES, Scale, response
+from varscale.theory.integrals.lognormal import LOG_Q, Scale, response
 
 WIDTH, DEPTH, DRAWS = 64, 6, 20000
 ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}
@@ -103,7 +103,7 @@ def test_gates_share_the_scale_of_what_they_gate():
 
 def test_of_a_power_of_a_lognormal_scale_all_is_known():
     scale = Scale(growth=1.1, place=0.3, common=0.2, skew=0.01)
-    found = response(scale, 2.0, 2.0, lambda: 2.0 * LOG_SCALES)
+    found = response(scale, 2.0, 2.0, lambda: 2.0 * LOG_Q)
     assert found.growth == pytest.approx(1.1**2 * 1.3)
     assert (found.place, found.slope, found.skew) == pytest.approx((2.0, 2.0, 0.08))
 
@@ -111,7 +111,7 @@ def test_of_a_power_of_a_lognormal_scale_all_is_known():
 def test_of_a_curve_moments_are_those_of_the_law():
     """F = (Q + Q²)/2: E[F] needs two moments of Q, for any law; E[F²] four, of a lognormal one."""
     scale = Scale(growth=1.0, place=0.3, common=0.0, skew=0.0)
-    found = response(scale, 1.5, 1.0, lambda: np.log((np.exp(LOG_SCALES) + np.exp(2 * LOG_SCALES)) / 2))
+    found = response(scale, 1.5, 1.0, lambda: np.log((np.exp(LOG_Q) + np.exp(2 * LOG_Q)) / 2))
     assert found.growth == pytest.approx((1 + 1.3) / 2, rel=1e-3)
     assert found.doubt < 1e-3
     moments = [1.3 ** (k * (k - 1) / 2) for k in range(5)]
@@ -120,7 +120,7 @@ def test_of_a_curve_moments_are_those_of_the_law():
 
 
 def test_what_has_poles_is_in_doubt():
-    noise = np.where(np.arange(len(LOG_SCALES)) % 2, 0.0, -3.0)
+    noise = np.where(np.arange(len(LOG_Q)) % 2, 0.0, -3.0)
     scale = Scale(growth=1.0, place=0.3, common=0.1, skew=0.0)
     assert response(scale, 0.5, -4.0, lambda: noise - noise[len(noise) // 2]).doubt > 0.5
 

@@ -101,7 +101,7 @@ def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
 
 
 @cache
-def affordable(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+def affordable(axes: Axes) -> Axes:
     """The axes of an array (of windows, many), the most finely classed without their classes until there are few types."""
     kept = list(axes)
     while math.prod(axis.types for axis in kept) > MOST_TYPES and any(axis.labels for axis in kept):
@@ -222,9 +222,7 @@ def outer(weights: Iterable[np.ndarray]) -> np.ndarray:
 
 
 @cache
-def _averaging(
-    axes: tuple[Axis, ...], free: frozenset[int], apart: frozenset[int]
-) -> Float[np.ndarray, " types"]:
+def _averaging(axes: Axes, free: frozenset[int], apart: frozenset[int]) -> Float[np.ndarray, " types"]:
     """Weights of a type array, row-major, for `average`."""
     weights = (a.any_pair if k in free else a.different if k in apart else a.same for k, a in enumerate(axes))
     return outer(weights).ravel()
@@ -251,6 +249,6 @@ def by_level(squares: Float[np.ndarray, "size arrays"]) -> Axis:
     return grouped(np.round(levels / _LEVEL) * _LEVEL)
 
 
-def axes_of(shape: Sequence[int]) -> tuple[Axis, ...]:
+def axes_of(shape: Sequence[int]) -> Axes:
     """Axes of one class each, of the sizes of a shape that are not 1."""
     return tuple(Axis(int(n)) for n in shape if n != 1)

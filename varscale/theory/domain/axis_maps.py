@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import linalg, sparse
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, grouped, labelled, outer, without_equal
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, grouped, labelled, outer, without_equal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def lift_types(fine: Axis, coarse: Axis) -> np.ndarray:
 class Factors(NamedTuple):
     """An axis as row-major factors; by their classes (types), the class (type) of the whole that most such positions have."""
 
-    axes: tuple[Axis, ...]
+    axes: Axes
     classes: Int[np.ndarray, "*classes"]  # of the whole
     types: Int[np.ndarray, "*types"]
     strangers: float  # share of the positions that are of another class

@@ -164,7 +164,7 @@ class Scaled(NamedTuple):
     of: View  # x
 
 
-def scale_and_shift(view: View) -> Scaled:
+def as_affine(view: View) -> Scaled:
     """What a view is a scaled and shifted copy of, in whatever order of axes."""
     c, d = 1.0, 0.0
     while view.node.primitive == "affine":
@@ -177,7 +177,7 @@ def scale_and_shift(view: View) -> Scaled:
 
 def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
     """A view as a weighted sum of views over its frame, sums of sums written out, and a number."""
-    c, offset, view = scale_and_shift(view)
+    c, offset, view = as_affine(view)
     if not isinstance(view.node, Sum):
         return [(c, view)] if c else [], offset
     out: list[tuple[float, View]] = []

@@ -86,9 +86,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
     return _rearranged(node, Split, Merge, axes, (k, sizes))
 
 
-def _rearranged(
-    node: Node, kind: type[Node], inverse: type[Node], axes: Axes, params: tuple[Any, ...]
-) -> Node:
+def _rearranged(node: Node, kind: type[Node], inverse: type[Node], axes: Axes, params: Any) -> Node:
     if isinstance(node, inverse) and node.params == params:
         return node.argument
     if isinstance(node, Array):
@@ -199,7 +197,7 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
 class Aligned(NamedTuple):
     """The axes of a frame, a view over it of each of several tensors, and the layout of what is made of them."""
 
-    axes: tuple[Axis, ...]
+    axes: Axes
     views: list[View]
     dims: tuple[Dim, ...]
 
@@ -223,7 +221,7 @@ def align(values: Sequence[Value]) -> Aligned:
 
 
 @lru_cache(maxsize=4096)
-def _framed(operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...]) -> tuple[Aligned, Sequence[Any]]:
+def _framed(operands: tuple[tuple[tuple[Dim, ...], Axes], ...]) -> tuple[Aligned, Sequence[Any]]:
     """Tensors whose dimensions are factored alike over one frame, but for their views, and the places of each one's axes."""
     frame: list[Axis] = []
     binds: list[dict[int, int]] = [{} for _ in operands]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer, replaced
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, contract_axes, outer, replaced
 from varscale.theory.domain.axis_maps import (
     AxisMap,
     cotangent_counts,
@@ -27,7 +27,7 @@ from varscale.theory.domain.axis_maps import (
 )
 from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv, WindowSum, window_map
-from varscale.theory.graph.expressions import scale_and_shift
+from varscale.theory.graph.expressions import as_affine
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows, once_per_node
 
@@ -118,7 +118,7 @@ class Contract(Node):
         self.positive = x.positive and y.positive
 
     @property
-    def frame(self) -> tuple[Axis, ...]:
+    def frame(self) -> Axes:
         """Its own axes, then the contracted ones."""
         return (*self.axes, *self.params)
 
@@ -244,7 +244,7 @@ class Mapped(NamedTuple):
 
     def before(self) -> Mapped | None:
         """One map earlier: windows, maps of an axis, known lookups; None of what is none of these."""
-        c, d, (node, bind) = scale_and_shift(self.view)
+        c, d, (node, bind) = as_affine(self.view)
         if d or not (found := _axis_maps(node)):
             return None
         maps = dict(self.maps)

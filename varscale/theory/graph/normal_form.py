@@ -9,18 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis, rest
+from varscale.theory.domain.axes import Axes, rest
 from varscale.theory.domain.tables import NEXT_ORDER
-from varscale.theory.graph.expressions import (
-    Apply,
-    Mean,
-    Sum,
-    alike,
-    factors,
-    inverse,
-    roots_of,
-    scale_and_shift,
-)
+from varscale.theory.graph.expressions import Apply, Mean, Sum, alike, as_affine, factors, inverse, roots_of
 from varscale.theory.graph.linear_nodes import Split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
 from varscale.theory.graph.store import once_per_node
@@ -58,9 +49,7 @@ def _scaled(view: View, axes: Axes, c: float = 1.0, d: float = 0.0) -> Node:
     return node.graph.make(Apply, axes, [view], ("affine", (float(c), float(d))))
 
 
-def apply(
-    graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...], views: Sequence[View]
-) -> Node:
+def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: Axes, views: Sequence[View]) -> Node:
     """The node of an elementwise primitive over a frame, in normal form."""
     constants = [v.node.params if isinstance(v.node, Constant) else None for v in views]
     if None not in constants:
@@ -98,12 +87,12 @@ def apply(
     return graph.make(Apply, axes, views, (name, extra))
 
 
-def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views: Sequence[View]) -> Node:
+def total(graph: Graph, weights: Sequence[float], axes: Axes, views: Sequence[View]) -> Node:
     """A weighted sum, equal terms collected."""
     terms: dict[View, float] = {}
     offset = 0.0
     for c, view in zip(weights, views, strict=True):
-        scale, shift, view = scale_and_shift(view)
+        scale, shift, view = as_affine(view)
         known, c, offset = terms.get(view, 0.0), c * scale, offset + c * shift
         terms[view] = 0.0 if alike(known, -c) else _unrounded(known + c)
     live = [(c, view) for view, c in terms.items() if c != 0]
@@ -148,9 +137,7 @@ def _cancelled(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] 
     for i, part in enumerate(parts):
         for c, view in part:
             uses[view].append((i, c))
-    gone = {
-        i for found in uses.values() if len(found) > 1 and sum(c for _, c in found) == 0 for i, _ in found
-    }
+    gone = {i for use in uses.values() if len(use) > 1 and sum(c for _, c in use) == 0 for i, _ in use}
     opened = [part if i in gone else [term] for i, (term, part) in enumerate(zip(terms, parts, strict=True))]
     return list(itertools.chain(*opened)) if gone else None
 
@@ -163,13 +150,13 @@ def _is_variance(node: Sum) -> bool:
     squares = plus.node.argument if isinstance(plus.node, Mean) else plus.node
     if not (squares.is_square and minus.node.is_square):
         return False
-    scale, shift, mean = scale_and_shift(minus.node.args[0].within(minus.bind))
+    scale, shift, mean = as_affine(minus.node.args[0].within(minus.bind))
     own = mean_node(_scaled(squares.args[0], squares.axes), plus.node.params)
-    c, d, found = scale_and_shift(View(own, plus.bind))
+    c, d, found = as_affine(View(own, plus.bind))
     return found == mean and alike(c, scale) and alike(d, shift)
 
 
-def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, int], Node]) -> Node | None:
+def cut_inside(node: Node, k: int, axes: Axes, cut: Callable[[Node, int], Node]) -> Node | None:
     """The node over `axes` whose arguments take a cut of its axis k (into several, or of one position) in its place.
 
     A part of a row less its mean is still known to be less the row's own mean. None where the kind lets no cuts through.

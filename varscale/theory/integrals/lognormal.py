@@ -25,8 +25,8 @@ from scipy.special import roots_genlaguerre
 from varscale.theory.domain.tables import NEGLIGIBLE
 
 _LOG_STEP = 0.25
-LOG_SCALES = _LOG_STEP * np.arange(-12, 13)  # of Q, where F is known; beyond, it is a power of Q
-_NEAR = np.flatnonzero(np.abs(LOG_SCALES) <= 1.01)
+LOG_Q = _LOG_STEP * np.arange(-12, 13)  # of Q, where F is known; beyond, it is a power of Q
+_NEAR = np.flatnonzero(np.abs(LOG_Q) <= 1.01)
 _ROUGH = 0.1  # third differences of ln F there, in steps of a quarter: a step has .03, exp .06, noise more
 _STEEP = 1.0  # a step of ln F from one scale to the next, the fourth power of Q
 _NODES, _SHARES = np.polynomial.hermite_e.hermegauss(7)
@@ -61,7 +61,7 @@ class Response:
 def response(scale: Scale, slope: float, curvature: float, curve: Callable[[], np.ndarray]) -> Response:
     """What a function F makes of a scale: of slope d ln F/d ln Q at that of infinitely many units, and curvature Q² F″/F.
 
-    `curve` gives ln F at LOG_SCALES; it is asked only where a power of Q is not enough.
+    `curve` gives ln F at LOG_Q; it is asked only where a power of Q is not enough.
     """
     bend = curvature - slope * (slope - 1)
     common = min(scale.common, WIDEST)
@@ -73,19 +73,19 @@ def response(scale: Scale, slope: float, curvature: float, curve: Callable[[], n
     if np.max(np.abs(np.diff(steps, 3))) < _ROUGH and np.max(np.abs(np.diff(steps))) < _STEEP:
         return _of_a_curve(scale, common, line)
     # A function with poles, or decided by rare values, is not resolved: its curvature is noise.
-    slope, level = np.polyfit(LOG_SCALES[_NEAR], steps, 1)
-    apart = steps - slope * LOG_SCALES[_NEAR] - level
+    slope, level = np.polyfit(LOG_Q[_NEAR], steps, 1)
+    apart = steps - slope * LOG_Q[_NEAR] - level
     slope = float(np.clip(slope, -_STEEP / _LOG_STEP, _STEEP / _LOG_STEP))
     found = response(scale, slope, slope * (slope - 1), curve)
     return dataclasses.replace(found, growth=scale.growth**slope, doubt=float(np.sqrt(np.mean(apart**2))))
 
 
 def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
-    spline = CubicSpline(LOG_SCALES, line)
+    spline = CubicSpline(LOG_Q, line)
 
     def log_f(t: np.ndarray) -> list[np.ndarray]:
         """ln F and its first two derivatives in ln Q: a spline through what is known of it, straight beyond."""
-        inside = np.clip(t, LOG_SCALES[0], LOG_SCALES[-1])
+        inside = np.clip(t, LOG_Q[0], LOG_Q[-1])
         level, slope, bend = (spline(inside, order) for order in range(3))
         return [level + slope * (t - inside), slope, np.where(t == inside, bend, 0.0)]
 

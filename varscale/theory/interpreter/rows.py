@@ -24,7 +24,7 @@ from varscale.programs.scopes import is_floating, opened, whole_path
 from varscale.report import How, Report, Row, Weight
 from varscale.theory.domain.axes import average
 from varscale.theory.domain.tables import NEXT_ORDER, independent
-from varscale.theory.graph.expressions import scale_and_shift
+from varscale.theory.graph.expressions import as_affine
 from varscale.theory.graph.layout import Value, axes_along
 from varscale.theory.graph.nodes import Node
 from varscale.theory.propagation.cotangents import cotangents
@@ -318,7 +318,7 @@ def gradients_of(
         path
         for path, tap in read.items()
         if (node := arrays[path].node).primitive != "row"
-        and not tap.reads_all(scale_and_shift(node.whole).of.node is not node, held[arrays[path]])
+        and not tap.reads_all(as_affine(node.whole).of.node is not node, held[arrays[path]])
     }
     whole = [arrays[path].node for path in read.keys() - parts]
     found = cotangents(seeds, [x.node for x in arrays.values()], whole)

@@ -18,7 +18,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, outer, over_classes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift, trees, weighted_sum
+from varscale.theory.graph.expressions import Apply, Sum, as_affine, roots, trees, weighted_sum
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
@@ -102,7 +102,7 @@ def cotangents(
     rows = set(watched)
     for n in watched:
         # Sums take the array behind a scaled copy, so that what flows into the copy arrives there.
-        scale, shift, (inner, bind) = scale_and_shift(n.whole)
+        scale, shift, (inner, bind) = as_affine(n.whole)
         asked_itself = inner is not n and inner in rows and n not in alone and (scale, shift) != (1, 0)
         if asked_itself or isinstance(inner, Apply | Constant) or len(bind) < len(n.axes):
             scale, inner = 1.0, n

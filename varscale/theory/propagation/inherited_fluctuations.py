@@ -16,15 +16,7 @@ from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS
-from varscale.theory.integrals.lognormal import (
-    LOG_SCALES,
-    WIDEST,
-    Response,
-    Scale,
-    response,
-    shared,
-    weighted,
-)
+from varscale.theory.integrals.lognormal import LOG_Q, WIDEST, Response, Scale, response, shared, weighted
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
 from varscale.theory.propagation.marginals import (
     at_means,
@@ -192,7 +184,7 @@ def root_responses(node: Node) -> dict[Node, Response]:
 
 
 def _response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
-    """ln E[f²] at LOG_SCALES of a root's second moment, less that at its own."""
+    """ln E[f²] at LOG_Q of a root's second moment, less that at its own."""
     groups = [group for group in cofactors(node).values() if group[0].node is root]
-    levels = [_levels(node, group, (1.0, *np.exp(LOG_SCALES))) for group in groups]
+    levels = [_levels(node, group, (1.0, *np.exp(LOG_Q))) for group in groups]
     return np.sum([np.log(level[1:] / level[0]) for level in levels], axis=0)

@@ -21,16 +21,7 @@ from varscale.theory.domain.axes import Axes, apply_axis, average, contract_axes
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, pair_counts
 from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.convolutions import Conv, WindowMax, WindowSum
-from varscale.theory.graph.expressions import (
-    Apply,
-    Mean,
-    Sum,
-    is_mean_of,
-    roots,
-    scale_and_shift,
-    swapped,
-    trees,
-)
+from varscale.theory.graph.expressions import Apply, Mean, Sum, as_affine, is_mean_of, roots, swapped, trees
 from varscale.theory.graph.linear_nodes import (
     Concat,
     Contract,
@@ -225,10 +216,10 @@ def _below(path: _Path) -> Iterator[_Path]:
             if not known and (slope := derivative(node, root)) is not None:
                 yield path._replace(view=root.within(bind), slope=slope.within(bind))
     elif path.over is None and (inner := Mapped(path.factor, path.view, path.maps).before()):
-        scale, _, view = scale_and_shift(inner.view)
+        scale, _, view = as_affine(inner.view)
         yield path._replace(factor=inner.factor * scale, view=view, maps=inner.maps)
     elif path.over is None and not path.maps and node.follows_shifts and path.slope is None:
-        scale, _, view = scale_and_shift(node.argument.whole)
+        scale, _, view = as_affine(node.argument.whole)
         yield path._replace(view=view, factor=path.factor * scale, over=path.view)
 
 

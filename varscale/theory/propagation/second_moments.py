@@ -225,8 +225,8 @@ def _or_measured(found: np.ndarray, a: View, b: View, frame: Axes) -> np.ndarray
 
     Outputs that have no covariance may have squares that vary together: of D ⊙ x at two places, or of two that read one array.
     """
-    read = [[root.node for root in roots_of(view)] for view in (a, b)]
-    if not all(any(map(in_order, own)) for own in read) or not any(x.timed for own in read for x in own):
+    drawn = in_order(a.node) and in_order(b.node)
+    if not (drawn and any(root.node.timed for root in roots_of(a, b))):
         return found
     drawing = Drawing(_REPLICATES, lambda axis: evenly(axis.size, _POSITIONS))
     positions = [drawing.some(axis) for axis in frame]
