@@ -74,7 +74,7 @@ def tap_scatter(window: Window, axis: Axis, out: Axis) -> np.ndarray:
     """E[n²]/E[n]² by type of output pair, n the taps by which both read an input: where that is dilated, not all pairs do."""
     reads = (hits(window, axis.size) >= 0).T.astype(float)
     both = (reads[:, None] * reads).reshape(-1, window.size_out)
-    shared, squares = (estimated_products(x, x, [out]).sum(axis=0) for x in (reads, both))
+    shared, squares = (estimated_products(x, x, [out]).sum(axis=0)[: out.types] for x in (reads, both))
     return np.where(shared > 0, squares / np.maximum(shared, 1e-150) ** 2, 1.0)
 
 

@@ -225,11 +225,10 @@ def _or_measured(found: np.ndarray, a: View, b: View, frame: Axes) -> np.ndarray
 
     Outputs that have no covariance may have squares that vary together: of D ⊙ x at two places, or of two that read one array.
     """
-    drawn = in_order(a.node) and in_order(b.node)
-    if not (drawn and any(root.node.timed for root in roots_of(a, b))):
+    if not (in_order(a.node) and in_order(b.node) and any(root.node.timed for root in roots_of(a, b))):
         return found
     drawing = Drawing(_REPLICATES, lambda axis: evenly(axis.size, _POSITIONS))
-    positions = [drawing.some(axis) for axis in frame]
+    positions = list(map(drawing.some, frame))
     x, y = (drawing.at(view, frame, positions) for view in (a, b))
     return cross_moments_of_draws(x, y, frame, positions, otherwise=found)
 
