@@ -2,10 +2,11 @@
 
     python -m experiments.benchmarks.accuracy [--nets 100] [--only transformer] [--rows]
 
-For every architecture of the grid: relative error of the typical mean square (exp of the mean log) over all outputs, median
-and worst, forward and backward; how many rows are flagged (their stated error bound is worse than 15 %), how many errors lie
-beyond their own error bound by more than three standard errors of the measurement (of few nets by as many as Student's law
-has), and how many draws lie in the band. An unflagged row beyond its error bound, forward or backward, fails the run.
+For every architecture of the grid: relative error of the typical mean square (exp of the mean log) over all outputs, and of
+the gradient's mean over nets, which is what a row says; median and worst; how many rows are flagged (their stated error bound
+is worse than 15 %), how many errors lie beyond their own error bound by more than three standard errors of the measurement
+(of few nets by as many as Student's law has), and how many draws lie in the band. An unflagged row beyond its error bound,
+forward or backward, fails the run.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def compare(case: Case, nets: int, *, backward: bool = True) -> tuple[list[Compa
         inside = np.mean((square >= row.band[0]) & (square <= row.band[1]))
         gradient = np.nan
         if row.gradient is not None and np.all(grad > 0):
-            gradient = row.gradient / np.exp(np.mean(np.log(grad))) - 1
+            gradient = row.gradient / grad.mean() - 1
         rows.append(
             Comparison(
                 row.path,
@@ -200,7 +201,7 @@ def compare(case: Case, nets: int, *, backward: bool = True) -> tuple[list[Compa
                 row.second_moment / square.mean() - 1,
                 float(stats.sem(square) / square.mean()),
                 gradient,
-                float(stats.sem(np.log(np.maximum(grad, 1e-300)))),
+                float(stats.sem(grad) / max(grad.mean(), 1e-300)),
                 row.error_bound,
                 row.gradient_error_bound,
                 float(inside),

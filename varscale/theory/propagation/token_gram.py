@@ -235,7 +235,7 @@ def _made_of(x: Tokens) -> Mixture | None:
 
 
 def _of_windows(x: Tokens, node: Conv) -> Mixture:
-    """Outputs overlap as what they read does, each group for itself, and that as the inputs at each tap, in the mean."""
+    """Outputs overlap as what they read does (each group reads its own), and that as the inputs do, averaged over taps."""
     groups, _, (_, channel, *_), _, out_dims = node.params
     if channel is None or out_dims[1] in x.tokens:
         return Mixture(variance=1 / x.count + patch_overlap(node))
