@@ -155,7 +155,7 @@ def _terms(x: View, y: View, frame: Axes) -> np.ndarray | None:
     if isinstance(node, Sum) and all(root.node.depth < node.depth for root in read):
         weights, offset = node.params, 0.0
     elif node.primitive in ("affine", *IDENTITIES):
-        *weights, offset = node.params[1][:2] or (1.0, 0.0)
+        *weights, offset = node.params[1] or (1.0, 0.0)
     else:
         return None
     shift = np.full((1,) * len(frame), offset)

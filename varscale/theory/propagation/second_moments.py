@@ -272,7 +272,7 @@ def second_moments_of_mean(node: Mean) -> Table:
 def second_moments_of_apply(node: Apply) -> Table:
     name, extra = node.params
     if name == "affine" or name in IDENTITIES:
-        (c, d), x = extra[:2] or (1.0, 0.0), node.args[0]
+        (c, d), x = extra or (1.0, 0.0), node.args[0]
         mean, second = x.mean(node.axes), c * c * x.second(node.axes)
         if d:
             both = by_type(mean, node.axes, second=False) + by_type(mean, node.axes, second=True)
